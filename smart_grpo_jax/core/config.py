@@ -1,0 +1,270 @@
+"""The configuration of a run.
+
+A config file is a Python file whose `get_config()` returns `default()` with some values changed. It is
+converted once, at the door, by `from_dict`: field by field against the bounds written here beside each
+default, then against the contradictions between fields. Nothing below the entry point sees a ConfigDict.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from smart_grpo_jax.core import contradictions, schema
+from smart_grpo_jax.core.schema import option, section
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Which pipeline is trained."""
+
+    path: str = option("shapes", "a diffusers folder, or `shapes` (the embedded world)")
+    resolution: int = option(0, "image side in pixels; 0 is the model's own", low=0)
+    dtype: str = option("float32", "compute type of the networks", choices=("float32", "bfloat16"))
+    t5_length: int = option(256, "T5 tokens per prompt (256: diffusers; 128: Flow-GRPO)", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """What is trainable."""
+
+    kind: str = option("lora", "low-rank adapter, or all transformer weights", choices=("lora", "full"))
+    rank: int = option(32, "rank of the adapter", low=1)
+    alpha: float = option(64.0, "adapter scale is alpha / rank", above=0)
+    targets: tuple[str, ...] = option((), "module patterns; empty: the published list")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """What is drawn in an epoch: `groups` prompts, `members` images of each."""
+
+    source: str = option("shapes:train", "`shapes:train`, or a text file with one prompt per line")
+    groups: int = option(48, "prompts per epoch", low=1)
+    members: int = option(24, "images per prompt", low=2)
+    negative: str = option("", "negative prompt of guidance")
+    same_latent: bool = option(False, "all members of a group start from the same noise")
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Which steps are noisy and trained; elsewhere the sampler is the plain ODE."""
+
+    kind: str = option("all", "choice of steps", choices=("all", "fraction", "fixed", "random", "sliding"))
+    fraction: float = option(1.0, "fraction: first part of the steps", above=0, high=1)
+    start: int = option(0, "fixed, random, sliding: first step", low=0)
+    stop: int = option(0, "random, sliding: end of the range (0: all but the last)", low=0)
+    size: int = option(3, "fixed, random, sliding: steps in the window", low=1)
+    stride: int = option(1, "sliding: steps to advance", low=1)
+    every: int = option(25, "sliding: epochs between advances", low=1)
+    noise_last: bool = option(False, "all: the last step is noisy too (July 2025 behaviour)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """How a latent is drawn."""
+
+    steps: int = option(10, "denoising steps of a rollout", low=1, high=1000)
+    eval_steps: int = option(40, "ODE steps of an evaluation", low=1, high=1000)
+    guidance: float = option(4.5, "classifier-free guidance of the policy; 1 is off", low=0)
+    eval_guidance: float = option(4.5, "guidance of an evaluation", low=0)
+    schedule: str = option("sd3", "time grid", choices=("sd3", "linspace", "flux"))
+    shift: float = option(0.0, "shift of the time grid; 0 is the model's own", low=0)
+    transition: str = option("flow", "stochastic step", choices=("ode", "flow", "dance", "cps"))
+    noise_level: float = option(0.7, "a of Flow-SDE and CPS, eta of Dance", low=0, high=2)
+    window: Window = section(Window)
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """Cross-entropy search over the noise of chosen steps; `rounds = 0` is Flow-GRPO."""
+
+    rounds: int = option(5, "N, rounds of the search; 0: off", low=0)
+    candidates: int = option(5, "K, candidates per round", low=1)
+    elite: float = option(0.5, "P, share of the candidates kept in a round", above=0, high=1)
+    space: str = option("transition", "where candidates are judged", choices=("transition", "latent"))
+    returns: str = option("mean", "noise that is executed", choices=("mean", "sample", "best"))
+    select: str = option("greedy", "elite rule", choices=("greedy", "random"))
+    noise_norm: str = option(
+        "none", "rms rescales the returned noise to unit length", choices=("none", "rms")
+    )
+    sigma_floor: float = option(0.0, "least std of the search law", low=0)
+    smoothing: float = option(1.0, "weight of the new mean and std (1: paper)", above=0, high=1)
+    steps: str | tuple[int, ...] = option(
+        "late", "searched steps: late, early, all, none, or a list of indices"
+    )
+    members: float = option(1.0, "share of each group that is searched", low=0, high=1)
+    credit: str = option(
+        "none",
+        "who gets the gain of the search",
+        choices=("none", "offset", "split", "local", "difference"),
+    )
+    offset: float = option(1.0, "constant of credit = offset", low=0)
+    execute: str = option(
+        "search",
+        "what the rollout executes: the search's noise, or plain noise",
+        choices=("search", "random"),
+    )
+    guidance: float = option(-1.0, "guidance inside the search; -1: the sampler's", low=-1)
+    chunk: int = option(0, "states searched at once; 0: all", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ema:
+    """Average of the trained weights, used by evaluation and export."""
+
+    decay: float = option(0.9, "largest decay; 0: no average", low=0, high=0.99999)
+    every: int = option(8, "optimizer steps between two averages", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """How the policy learns."""
+
+    epochs: int = option(100, "epochs of the run", low=0)
+    learning_rate: float = option(3e-4, "AdamW", above=0, high=1)
+    weight_decay: float = option(1e-4, "AdamW", low=0)
+    beta2: float = option(0.999, "AdamW", above=0, high=0.999999)
+    grad_clip: float = option(1.0, "largest gradient norm", above=0)
+    warmup: int = option(0, "optimizer steps of linear warm-up", low=0)
+    updates_per_epoch: int = option(2, "optimizer steps per pass over an epoch's images", low=1)
+    inner_epochs: int = option(1, "passes over an epoch's images", low=1)
+    loss: str = option("ppo", "policy loss", choices=("ppo", "guard", "nft", "awm"))
+    log_prob: str = option("gaussian", "density of a step", choices=("gaussian", "unnormalised"))
+    clip: float = option(1e-4, "ratio clip", above=0)
+    adv_clip: float = option(5.0, "advantage clip", above=0)
+    adv_scope: str = option("global", "std of the advantages", choices=("global", "group"))
+    adv_combine: str = option(
+        "sum", "rewards are summed, or normalised one by one and then summed", choices=("sum", "normalise")
+    )
+    kl: str = option("flow_grpo", "form of the KL term", choices=("flow_grpo", "exact", "velocity"))
+    kl_weight: float = option(0.0, "weight of the KL term", low=0)
+    step_weight: str = option("uniform", "weight of a step", choices=("uniform", "tempflow", "guard"))
+    nft_beta: float = option(1.0, "beta of NFT", above=0, high=1)
+    awm_weight: str = option("ghuber", "weight of AWM", choices=("uniform", "t", "t2", "huber", "ghuber"))
+    ema: Ema = section(Ema)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Devices: data x fsdp x tensor."""
+
+    data: int = option(0, "copies of the model; 0: all remaining devices", low=0)
+    fsdp: int = option(1, "devices that share one copy", low=1)
+    tensor: int = option(1, "devices that share one layer", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Batch of one call of each kind; 0: all at once."""
+
+    rollout: int = option(0, "prompt groups per rollout call", low=0)
+    decode: int = option(0, "latents per decode", low=0)
+    reward: int = option(0, "images per reward call", low=0)
+    train: int = option(0, "states per gradient call", low=0)
+    remat: str = option("none", "what the backward pass recomputes", choices=("none", "dots", "full"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What is kept."""
+
+    every: int = option(10, "epochs between checkpoints", low=1)
+    keep: int = option(3, "newest checkpoints kept, besides the best", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """Evaluation of the bare policy: ODE, EMA weights, fixed noise per prompt and seed."""
+
+    every: int = option(10, "epochs between evaluations; 0: only first and last", low=0)
+    source: str = option("shapes:heldout", "prompts: `shapes:heldout`, `shapes:combinations`, or a file")
+    prompts: int = option(240, "number of prompts; 0: all", low=0)
+    seeds: int = option(1, "images per prompt", low=1)
+    weights: str = option("ema", "weights that are evaluated", choices=("ema", "raw"))
+    search: bool = option(False, "search the noise at sampling time, too")
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """What is written."""
+
+    tensorboard: bool = option(True, "TensorBoard events beside metrics.jsonl")
+    every: int = option(1, "epochs between lines", low=1)
+    samples: int = option(24, "prompts of the sample grid", low=1, high=256)
+    deadline: float = option(0.0, "seconds a phase may last before the run ends with 75; 0: no limit", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrain:
+    """Making an embedded world's pipeline from nothing."""
+
+    images: int = option(65536, "scenes rendered for the autoencoder and the flow model", low=64)
+    vae_steps: int = option(3000, "optimizer steps of the autoencoder", low=1)
+    flow_steps: int = option(12000, "optimizer steps of the flow model", low=1)
+    batch: int = option(64, "images per step", low=1)
+    caption_noise: float = option(0.3, "share of captions that are wrong: the head-room of RL", low=0, high=1)
+    dropout: float = option(0.1, "share of empty captions, for guidance", low=0, high=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    seed: int = option(0, "the root of all randomness", low=0, high=2**31 - 1)
+    model: Model = section(Model)
+    adapter: Adapter = section(Adapter)
+    prompts: Prompts = section(Prompts)
+    sampler: Sampler = section(Sampler)
+    search: Search = section(Search)
+    rewards: dict[str, Any] = option({"shapes": 1.0}, "training reward: name = weight, or a table of options")
+    search_reward: dict[str, Any] = option({}, "reward of the search; empty: the training reward")
+    eval_rewards: dict[str, Any] = option(
+        {"shapes": 1.0, "shapes_aesthetic": 0.0}, "logged, never trained on"
+    )
+    train: Train = section(Train)
+    mesh: Mesh = section(Mesh)
+    memory: Memory = section(Memory)
+    checkpoint: Checkpoint = section(Checkpoint)
+    eval: Eval = section(Eval)
+    log: Log = section(Log)
+    pretrain: Pretrain = section(Pretrain)
+
+
+RESUMABLE = ("train.epochs", "log.", "checkpoint.", "memory.", "mesh.", "pretrain.")
+"""Fields that may change when a run is taken up again: none of them changes what is computed."""
+
+
+def default() -> ConfigDict:
+    """All defaults as a ConfigDict that a config file edits."""
+    return ConfigDict(schema.to_dict(Config()), type_safe=False)
+
+
+def semantic(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a config dict that must not change when a run is resumed."""
+    return {k: v for k, v in schema.flatten(config) if not k.startswith(RESUMABLE)}
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """The checked config; every mistake is one UserError that names field, value and what is wanted."""
+    plain = values.to_dict() if isinstance(values, ConfigDict) else dict(values)
+    config = schema.build(Config, plain)
+    contradictions.check(config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The nested plain dict that config.json holds."""
+    return schema.to_dict(config)
+
+
+def override(values: ConfigDict, name: str, text: str) -> None:
+    """Apply one `--config.a.b=text` in place."""
+    schema.override(Config, values, name, text)
+
+
+def searched_steps(config: Config) -> bool:
+    """Whether the search is on at all."""
+    return config.search.rounds > 0 and config.search.steps != "none" and config.search.members > 0

@@ -1,0 +1,120 @@
+"""Contradictions between fields: one row per rule, (is it broken?, the line that says so)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from smart_grpo_jax.core.errors import UserError
+from smart_grpo_jax.core.schema import weight_of
+
+
+def elite_count(search: Any) -> int:
+    """T = floor(P K), the candidates kept in a round."""
+    return math.floor(search.elite * search.candidates + 1e-9)
+
+
+def _window_end(c: Any) -> int:
+    return c.sampler.window.start + c.sampler.window.size
+
+
+def _bad_steps(c: Any) -> bool:
+    if isinstance(c.search.steps, str):
+        return c.search.steps not in ("late", "early", "all", "none")
+    return any(not 0 <= s < c.sampler.steps for s in c.search.steps) or len(set(c.search.steps)) < len(
+        c.search.steps
+    )
+
+
+_LIKELIHOOD = ("ppo", "guard")
+
+RULES: tuple[tuple[Any, str], ...] = (
+    (
+        lambda c: c.search.rounds > 0 and elite_count(c.search) < 1,
+        "search.elite: got {c.search.elite:g}, wanted elite × candidates ≥ 1 (K = {c.search.candidates})",
+    ),
+    (
+        lambda c: c.search.rounds > 1 and elite_count(c.search) == 1 and c.search.sigma_floor == 0,
+        "search.elite: got {c.search.elite:g}: one elite has no spread; wanted elite × candidates ≥ 2, "
+        "rounds = 1 or sigma_floor > 0",
+    ),
+    (
+        _bad_steps,
+        "search.steps: got {c.search.steps!r}, wanted late, early, all, none or distinct indices below "
+        "sampler.steps = {c.sampler.steps}",
+    ),
+    (
+        lambda c: c.search.credit == "split" and not 0 < c.search.members < 1,
+        "search.members: got {c.search.members:g}, wanted between 0 and 1 with search.credit = split",
+    ),
+    (
+        lambda c: c.search.credit == "local" and (c.search.rounds < 1 or c.search.candidates < 2),
+        "search.candidates: got {c.search.candidates} in {c.search.rounds} rounds, wanted ≥ 2 in ≥ 1 with "
+        "search.credit = local",
+    ),
+    (
+        lambda c: c.search.credit == "local" and c.search.members < 1,
+        "search.members: got {c.search.members:g}, wanted 1 with search.credit = local",
+    ),
+    (
+        lambda c: c.search.credit == "local" and c.search.space == "latent",
+        "search.space: got latent, wanted transition with search.credit = local",
+    ),
+    (
+        lambda c: c.search.credit != "none" and c.train.loss not in _LIKELIHOOD,
+        "search.credit: got {c.search.credit}, wanted none with train.loss = {c.train.loss}",
+    ),
+    (
+        lambda c: c.train.loss in _LIKELIHOOD and c.sampler.transition == "ode",
+        "sampler.transition: got ode, wanted flow, dance or cps with train.loss = {c.train.loss}",
+    ),
+    (
+        lambda c: c.train.loss in _LIKELIHOOD and c.sampler.noise_level == 0 and c.train.epochs > 0,
+        "sampler.noise_level: got 0, wanted > 0 with train.loss = {c.train.loss}",
+    ),
+    (
+        lambda c: (
+            c.sampler.window.kind in ("fixed", "random", "sliding") and _window_end(c) > c.sampler.steps
+        ),
+        "sampler.window.size: got start {c.sampler.window.start} + size {c.sampler.window.size}, wanted ≤ "
+        "sampler.steps = {c.sampler.steps}",
+    ),
+    (
+        lambda c: c.sampler.window.stop > c.sampler.steps,
+        "sampler.window.stop: got {c.sampler.window.stop}, wanted ≤ sampler.steps = {c.sampler.steps}",
+    ),
+    (
+        lambda c: (
+            0 < c.sampler.window.stop < _window_end(c) and c.sampler.window.kind in ("random", "sliding")
+        ),
+        "sampler.window.stop: got {c.sampler.window.stop}, wanted ≥ start + size",
+    ),
+    (
+        lambda c: c.sampler.steps < 2 and c.train.epochs > 0 and c.train.loss in _LIKELIHOOD,
+        "sampler.steps: got {c.sampler.steps}, wanted ≥ 2 to train on",
+    ),
+    (
+        lambda c: (c.prompts.groups * c.prompts.members) % c.train.updates_per_epoch != 0,
+        "train.updates_per_epoch: got {c.train.updates_per_epoch}, wanted a divisor of groups × members = "
+        "{c.prompts.groups} × {c.prompts.members}",
+    ),
+    (
+        lambda c: c.memory.rollout > 0 and c.prompts.groups % c.memory.rollout != 0,
+        "memory.rollout: got {c.memory.rollout}, wanted a divisor of prompts.groups = {c.prompts.groups}",
+    ),
+    (
+        lambda c: not c.rewards or all(weight_of(v) == 0 for v in c.rewards.values()),
+        "rewards: got no reward with a weight, wanted at least one",
+    ),
+    (
+        lambda c: c.model.path == "shapes" and c.model.resolution not in (0, 24),
+        "model.resolution: got {c.model.resolution}, wanted 24 (or 0) with model.path = shapes",
+    ),
+)
+
+
+def check(config: Any) -> None:
+    """Raise the first contradiction as a UserError."""
+    for broken, message in RULES:
+        if broken(config):
+            raise UserError(message.format(c=config))
