@@ -1,0 +1,317 @@
+"""Learn: the pure step from scored rollouts to a better policy.
+
+`learn` is one jitted program: passes over the images of an epoch, optimizer steps per pass, gradient
+calls per optimizer step, all as scans. What a loss needs of one gradient call is one function in
+`LOSSES`; everything else (batching, accumulation, clipping, guards against non-finite numbers, EMA) is
+shared. See docs/algorithm.md, sections 5 and 6.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from smart_grpo_jax.core.types import Conditioning, Endpoints, PyTree, TrainState, Transitions, VelocityFn
+from smart_grpo_jax.maths import awm, ema, grpo, nft, rng, transition
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """How trainable weights become a policy: `bind(frozen, trainable)` gives the velocity's params,
+    `reference(frozen)` those of the model before training."""
+
+    velocity: VelocityFn
+    raw_velocity: VelocityFn
+    bind: Callable[[PyTree, PyTree], PyTree]
+    reference: Callable[[PyTree], PyTree]
+    constrain: Callable[[PyTree], PyTree] = lambda tree: tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """The static part of an update."""
+
+    loss: str
+    transition: str
+    log_prob: str = "gaussian"
+    kl: str = "flow_grpo"
+    use_kl: bool = False
+    updates: int = 2
+    passes: int = 1
+    chunk: int = 0
+    adv_clip: float = 5.0
+    nft_beta: float = 1.0
+    awm_weight: str = "ghuber"
+    grad_clip: float = 1.0
+    beta2: float = 0.999
+    ema_every: int = 8
+
+
+class Knobs(NamedTuple):
+    """The traced part of an update."""
+
+    seed: Int[Array, ""]
+    epoch: Int[Array, ""]
+    times: Float[Array, " steps+1"]
+    noise_level: Float[Array, ""]
+    step_weight: Float[Array, " steps"]
+    learning_rate: Float[Array, ""]
+    weight_decay: Float[Array, ""]
+    warmup: Float[Array, ""]
+    clip: Float[Array, ""]
+    kl_weight: Float[Array, ""]
+    ema_decay: Float[Array, ""]
+
+
+Experience = Transitions | Endpoints
+LossFn = Callable[..., tuple[Array, dict[str, Array]]]
+
+
+def optimizer(recipe: Recipe) -> optax.GradientTransformation:
+    """Clip by global norm, then Adam; the learning rate and the decay are applied where they are traced."""
+    return optax.chain(
+        optax.clip_by_global_norm(recipe.grad_clip), optax.scale_by_adam(b1=0.9, b2=recipe.beta2, eps=1e-8)
+    )
+
+
+def init_state(recipe: Recipe, params: PyTree) -> TrainState:
+    """The state before the first epoch; the average starts at the weights themselves."""
+    zero = jnp.zeros((), jnp.int32)
+    copy = jax.tree.map(jnp.copy, params)
+    counters = {"skipped": zero, "skipped_in_a_row": zero}
+    return TrainState(zero, zero, params, copy, optimizer(recipe).init(params), counters)
+
+
+def learn(
+    policy: Policy,
+    recipe: Recipe,
+    state: TrainState,
+    frozen: PyTree,
+    cond: Conditioning,
+    experience: Experience,
+    knobs: Knobs,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One epoch of learning. Leaves of `experience` are [samples, states per sample, ...] (Transitions)
+    or [samples, ...] (Endpoints); `cond` is the table that their `row` indexes."""
+    old = state.params
+    samples = experience.weight.shape[0]
+    per_update = samples // recipe.updates
+
+    def one_pass(state: TrainState, i: Array) -> tuple[TrainState, dict[str, Array]]:
+        order = jax.random.permutation(rng.at(rng.key(knobs.seed, "update", knobs.epoch), i), samples)
+        halves = order[: per_update * recipe.updates].reshape(recipe.updates, per_update)
+
+        def one_update(state: TrainState, index: Array) -> tuple[TrainState, dict[str, Array]]:
+            batch = policy.constrain(jax.tree.map(lambda a: a[index], experience))
+            grads, metrics = _gradient(policy, recipe, state, old, frozen, cond, batch, knobs)
+            return _apply(recipe, state, grads, metrics, knobs)
+
+        return jax.lax.scan(one_update, state, halves)
+
+    state, metrics = jax.lax.scan(one_pass, state, jnp.arange(recipe.passes))
+    flat = {k: v.reshape(-1) for k, v in metrics.items()}
+    first = {"first_ratio_error": flat["ratio_error"][0]} if "ratio_error" in flat else {}
+    worst = {k: v.max() for k, v in flat.items() if k == "ratio_error"}
+    means = {k: v.mean() for k, v in flat.items()} | worst | first
+    return state._replace(epoch=state.epoch + 1), means | {"skipped": state.counters["skipped"]}
+
+
+def _gradient(
+    policy: Policy,
+    recipe: Recipe,
+    state: TrainState,
+    old: PyTree,
+    frozen: PyTree,
+    cond: Conditioning,
+    batch: Experience,
+    knobs: Knobs,
+) -> tuple[PyTree, dict[str, Array]]:
+    """Gradient of the weighted mean loss, accumulated over calls of at most `chunk` states."""
+    loss_fn = LOSSES[recipe.loss]
+    total = jnp.maximum(batch.weight.sum(), 1e-9)
+
+    def call(params: PyTree, part: Experience, key: Array) -> tuple[Array, dict[str, Array]]:
+        flat = _flatten(part)
+        loss, metrics = loss_fn(policy, recipe, params, old, frozen, cond, flat, key, knobs)
+        share = flat.weight.sum() / total
+        return loss * share, {k: v if k == "ratio_error" else v * share for k, v in metrics.items()}
+
+    parts = _split(batch, recipe.chunk)
+    calls = jax.tree.leaves(parts)[0].shape[0]
+    key = rng.at(rng.key(knobs.seed, "update", knobs.epoch, 1), state.step)
+    grad_fn = jax.grad(call, has_aux=True)
+
+    def accumulate(total_grads: PyTree, item: tuple[Array, Experience]) -> tuple[PyTree, dict[str, Array]]:
+        grads, metrics = grad_fn(state.params, item[1], jax.random.fold_in(key, item[0]))
+        return jax.tree.map(jnp.add, total_grads, grads), metrics
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    grads, metrics = jax.lax.scan(accumulate, zeros, (jnp.arange(calls), parts))
+    return grads, {k: v.max() if k == "ratio_error" else v.sum() for k, v in metrics.items()}
+
+
+def _split(batch: Experience, chunk: int) -> Experience:
+    """[samples, ...] -> [calls, samples per call, ...], padded with weight 0."""
+    samples, states = batch.weight.shape[0], 1
+    if isinstance(batch, Transitions):
+        states = batch.weight.shape[1]
+    size = samples if chunk == 0 else max(1, min(samples, chunk // states))
+    calls = -(-samples // size)
+    index = jnp.arange(calls * size)
+    padded = jax.tree.map(lambda a: a[jnp.minimum(index, samples - 1)], batch)
+    real = (index < samples).reshape(-1, *(1,) * (batch.weight.ndim - 1))
+    padded = padded._replace(weight=padded.weight * real)
+    return jax.tree.map(lambda a: a.reshape(calls, size, *a.shape[1:]), padded)
+
+
+def _flatten(batch: Experience) -> Experience:
+    """[samples, states, ...] -> [samples x states, ...] for transitions."""
+    if isinstance(batch, Endpoints):
+        return batch
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), batch)
+
+
+def _likelihood_loss(
+    policy: Policy,
+    recipe: Recipe,
+    params: PyTree,
+    old: PyTree,
+    frozen: PyTree,
+    cond: Conditioning,
+    batch: Transitions,
+    key: Array,
+    knobs: Knobs,
+) -> tuple[Array, dict[str, Array]]:
+    """PPO or GRPO-Guard on the density of stored steps: one forward per state, however many moves."""
+    t, t_next = knobs.times[batch.step], knobs.times[batch.step + 1]
+    rows = cond.rows(batch.row)
+    v = policy.velocity(policy.bind(frozen, params), batch.x, t, rows)
+    law = transition.step(recipe.transition, batch.x, v, t, t_next, knobs.noise_level, knobs.times[1])
+    moves = batch.x_next.shape[1]
+    each = lambda a: jnp.repeat(a, moves, axis=0)
+    x_next = batch.x_next.reshape(-1, *batch.x_next.shape[2:])
+    std = jnp.broadcast_to(law.std, (len(t), 1, 1, 1))
+    log_prob = transition.LOG_PROBS[recipe.log_prob](x_next, each(law.mean), each(std)).reshape(-1, moves)
+    weight = batch.weight * knobs.step_weight[batch.step][:, None]
+    if recipe.loss == "guard":
+        flat = lambda a: a.reshape(-1)
+        loss, metrics = grpo.guard_loss(
+            flat(log_prob),
+            flat(batch.log_prob),
+            each(law.mean),
+            each(batch.mean),
+            each(std),
+            flat(batch.advantage),
+            knobs.clip,
+            weight=flat(weight),
+        )
+    else:
+        loss, metrics = grpo.ppo_loss(log_prob, batch.log_prob, batch.advantage, knobs.clip, weight=weight)
+    ratio = jnp.where(batch.weight > 0, jnp.abs(jnp.exp(log_prob - batch.log_prob) - 1), 0.0)
+    metrics = {"loss": loss, "ratio_error": ratio.max(), **_without_max(metrics)}
+    if not recipe.use_kl:
+        return loss, metrics
+    v_ref = jax.lax.stop_gradient(policy.velocity(policy.reference(frozen), batch.x, t, rows))
+    law_ref = transition.step(recipe.transition, batch.x, v_ref, t, t_next, knobs.noise_level, knobs.times[1])
+    kl = transition.kl(recipe.kl, law.mean, law_ref.mean, std, t_next - t, v, v_ref)
+    kl = _mean(kl, batch.weight.mean(1))
+    return loss + knobs.kl_weight * kl, metrics | {"kl": kl}
+
+
+def _without_max(metrics: dict[str, Array]) -> dict[str, Array]:
+    return {k: v for k, v in metrics.items() if "max" not in k}
+
+
+def _mean(values: Array, weight: Array) -> Array:
+    return (values * weight).sum() / jnp.maximum(weight.sum(), 1e-9)
+
+
+def _noised(batch: Endpoints, key: Array) -> tuple[Array, Array, Array]:
+    """Fresh (t, eps, x_t) per finished latent; times are stratified over (0.05, 1)."""
+    rows = batch.x0.shape[0]
+    key_t, key_eps = jax.random.split(key)
+    u = (jnp.arange(rows) + jax.random.uniform(key_t, (rows,))) / rows
+    t = 0.05 + 0.95 * u
+    eps = jax.random.normal(key_eps, batch.x0.shape)
+    wide = t[:, None, None, None]
+    return t, eps, (1 - wide) * batch.x0 + wide * eps
+
+
+def _endpoint_loss(
+    policy: Policy,
+    recipe: Recipe,
+    params: PyTree,
+    old: PyTree,
+    frozen: PyTree,
+    cond: Conditioning,
+    batch: Endpoints,
+    key: Array,
+    knobs: Knobs,
+) -> tuple[Array, dict[str, Array]]:
+    """NFT or AWM: the bare network (no guidance) on re-noised finished latents, no density."""
+    t, eps, x_t = _noised(batch, key)
+    rows = cond.rows(batch.row)
+    velocity = lambda bound: policy.raw_velocity(bound, x_t, t, rows)
+    v = velocity(policy.bind(frozen, params))
+    v_old = jax.lax.stop_gradient(velocity(policy.bind(frozen, old)))
+    if recipe.loss == "nft":
+        loss, metrics = nft.loss(
+            v, v_old, batch.x0, x_t, t, batch.advantage, beta=recipe.nft_beta, clip=recipe.adv_clip,
+            weight=batch.weight,
+        )  # fmt: skip
+    else:
+        loss, metrics = awm.loss(
+            v, v_old, batch.x0, eps, t, batch.advantage, kind=recipe.awm_weight, clip=knobs.clip,
+            weight=batch.weight,
+        )  # fmt: skip
+    metrics = {"loss": loss, **_without_max(metrics)}
+    if not recipe.use_kl:
+        return loss, metrics
+    v_ref = jax.lax.stop_gradient(velocity(policy.reference(frozen)))
+    kl = _mean(((v - v_ref) ** 2).mean((1, 2, 3)), batch.weight)
+    return loss + knobs.kl_weight * kl, metrics | {"kl": kl}
+
+
+LOSSES: dict[str, LossFn] = {
+    "ppo": _likelihood_loss,
+    "guard": _likelihood_loss,
+    "nft": _endpoint_loss,
+    "awm": _endpoint_loss,
+}
+
+
+def _apply(
+    recipe: Recipe, state: TrainState, grads: PyTree, metrics: dict[str, Array], knobs: Knobs
+) -> tuple[TrainState, dict[str, Array]]:
+    """One optimizer step and, when due, one step of the average; a non-finite gradient changes nothing."""
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+    updates, opt_state = optimizer(recipe).update(grads, state.opt_state, state.params)
+    step = state.step.astype(jnp.float32)
+    rate = knobs.learning_rate * jnp.minimum(1.0, (step + 1) / jnp.maximum(knobs.warmup, 1.0))
+    params = jax.tree.map(
+        lambda p, u: p - (rate * (u + knobs.weight_decay * p)).astype(p.dtype), state.params, updates
+    )
+    decay = ema.decay(state.step, knobs.ema_decay)
+    averaged = ema.update(state.ema, params, decay)
+    due = ema.due(state.step, recipe.ema_every) & (knobs.ema_decay > 0)
+    averaged = jax.tree.map(lambda new, old: jnp.where(due, new, old), averaged, state.ema)
+    averaged = jax.tree.map(lambda a, p: jnp.where(knobs.ema_decay > 0, a, p), averaged, params)
+    skipped = state.counters["skipped"] + jnp.where(finite, 0, 1)
+    row = jnp.where(finite, 0, state.counters["skipped_in_a_row"] + 1)
+    new = TrainState(state.epoch, state.step + 1, params, averaged, opt_state, state.counters)
+    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+    new = new._replace(counters={"skipped": skipped, "skipped_in_a_row": row})
+    metrics = {k: jnp.where(jnp.isfinite(v), v, 0.0) for k, v in metrics.items()}
+    return new, metrics | {"grad_norm": jnp.where(finite, norm, 0.0)}
+
+
+def non_finite(state: TrainState) -> Any:
+    """Optimizer steps in a row whose gradient was not finite."""
+    return state.counters["skipped_in_a_row"]
