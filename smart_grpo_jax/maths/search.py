@@ -1,0 +1,199 @@
+"""Algorithm 1: a cross-entropy search over the noise of one step.
+
+    mu = 0, sigma = 1
+    repeat `rounds` times:
+        m_i = mu + sigma n_i,  n_i ~ N(0, I),   i = 1..candidates
+        score every m_i;  elite = the best T of them
+        mu, sigma = mean and std of the elite, element by element
+    return mu                                (or mu + sigma n, or the best candidate)
+
+One-shot search is rounds = 1 with many candidates; best-of-K is rounds = 1 with returns = "best".
+docs/algorithm.md, section 5.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Int
+
+from smart_grpo_jax.maths.choice import choose
+
+RETURNS = ("mean", "sample", "best")
+SELECTS = {"greedy": True, "random": False}
+NOISE_NORMS = {"none": False, "rms": True}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to search. The first five fix shapes or the program; the others are data, so that one compiled
+    program serves every variant. Build it from names with `settings`."""
+
+    rounds: int = dataclasses.field(metadata={"static": True})
+    candidates: int = dataclasses.field(metadata={"static": True})
+    elite: int = dataclasses.field(metadata={"static": True})
+    keep_candidates: bool = dataclasses.field(metadata={"static": True})
+    unbiased: bool = dataclasses.field(metadata={"static": True})
+    returns: ArrayLike
+    greedy: ArrayLike
+    rms: ArrayLike
+    sigma_floor: ArrayLike
+    smoothing: ArrayLike
+
+
+def elite_count(candidates: int, fraction: float) -> int:
+    """T = floor(P K); the paper's 25 samples with 12 kept are P = 1/2."""
+    count = math.floor(candidates * fraction + 1e-9)
+    if not 1 <= count <= candidates:
+        raise ValueError(
+            f"search elite: got {fraction} of {candidates}, want elite * candidates >= 1 and elite <= 1"
+        )
+    return count
+
+
+def settings(
+    rounds: int = 5,
+    candidates: int = 5,
+    elite: float = 0.5,
+    returns: str = "mean",
+    select: str = "greedy",
+    noise_norm: str = "none",
+    sigma_floor: float = 0.0,
+    smoothing: float = 1.0,
+    *,
+    keep_candidates: bool = False,
+    unbiased: bool = False,
+) -> Settings:
+    """Settings from names; the defaults are the paper's.
+
+    `elite` is the fraction P of the candidates that is kept, `unbiased` divides their variance by T - 1.
+    `smoothing` is the share of the elite in the new mu and sigma (1: all). `noise_norm` "rms" scales the
+    returned noise to RMS 1, which the mean of an elite lacks. `sigma_floor` and `select` "random": `refit`.
+    """
+    count = elite_count(candidates, elite)
+    if rounds < 1:
+        raise ValueError(f"search rounds: got {rounds}, want at least 1")
+    if not 0 < smoothing <= 1:
+        raise ValueError(f"search smoothing: got {smoothing}, want 0 < smoothing <= 1")
+    if not 0 <= sigma_floor <= 1:
+        raise ValueError(f"search sigma_floor: got {sigma_floor}, want 0 to 1")
+    if count == 1 and unbiased:
+        raise ValueError("search elite: got one elite candidate, want two for an unbiased variance")
+    if count == 1 and rounds > 1 and sigma_floor == 0 and smoothing == 1:
+        # sigma is 0 after the first round, and the others would score one point over and over.
+        raise ValueError(f"search elite: got one elite in {rounds} rounds, want two, or sigma_floor > 0")
+    return Settings(
+        rounds=rounds, candidates=candidates, elite=count, keep_candidates=keep_candidates, unbiased=unbiased,
+        returns=np.int32(choose({name: i for i, name in enumerate(RETURNS)}, returns, "search returns")),
+        greedy=np.bool_(choose(SELECTS, select, "search select")),
+        rms=np.bool_(choose(NOISE_NORMS, noise_norm, "search noise_norm")),
+        sigma_floor=np.float32(sigma_floor), smoothing=np.float32(smoothing),
+    )  # fmt: skip
+
+
+class SearchResult(NamedTuple):
+    """The noise to execute, the fitted law, and all that was scored.
+
+    `order` is the order of selection, best first (random where the selection is). `best_noise` is the
+    first candidate in that order over all rounds, `best_reward` what it scored.
+    """
+
+    noise: Float[Array, "*shape"]
+    mean: Float[Array, "*shape"]
+    std: Float[Array, "*shape"]
+    rewards: Float[Array, "rounds k"]
+    order: Int[Array, "rounds k"]
+    candidates: Float[Array, "rounds k *shape"] | None
+    best_reward: Float[Array, ""]
+    best_noise: Float[Array, "*shape"]
+
+
+def propose(
+    mu: Float[Array, "*shape"], sigma: Float[Array, "*shape"], n: Float[Array, "*k_and_shape"]
+) -> Float[Array, "*k_and_shape"]:
+    """m = mu + sigma n, for one n or a stack of them."""
+    return mu + sigma * n
+
+
+def refit(
+    m: Float[Array, "k *shape"],
+    rewards: Float[Array, " k"],
+    mu: Float[Array, "*shape"],
+    sigma: Float[Array, "*shape"],
+    settings: Settings,
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"], Int[Array, " k"]]:
+    """One round: keep the T best of m, fit mu and sigma to them; also the order, best first.
+
+    A reward that is not finite is worse than all others; ties go to the lower index; with fewer than T
+    finite rewards mu and sigma stay.
+
+    The floor f. Greedy selection: sigma is at least f. Random selection (`rewards` are then random
+    numbers) has learned nothing that it could keep: the fit is pulled to the prior N(0, I) by f,
+    mu = (1 - f) mu_elite, sigma = (1 - f) sigma_elite + f. At f = 0 both are the paper's.
+    """
+    valid = jnp.isfinite(rewards)
+    order = jnp.argsort(-jnp.where(valid, rewards, -jnp.inf), stable=True)
+    elite = m[order[: settings.elite]]
+    mean, std = elite.mean(0), elite.std(0, ddof=int(settings.unbiased))
+    a, f = (jnp.asarray(s, m.dtype) for s in (settings.smoothing, settings.sigma_floor))
+    mean = a * mean + (1 - a) * mu
+    std = a * std + (1 - a) * sigma
+    mean = jnp.where(settings.greedy, mean, (1 - f) * mean)
+    std = jnp.where(settings.greedy, jnp.maximum(std, f), (1 - f) * std + f)
+    enough = valid.sum() >= settings.elite
+    return jnp.where(enough, mean, mu), jnp.where(enough, std, sigma), order.astype(jnp.int32)
+
+
+def search(
+    key: Array, score_fn: Callable[[Array], Array], shape: tuple[int, ...], settings: Settings
+) -> SearchResult:
+    """Search the noise of one step of one sample; vmap it over samples.
+
+    `score_fn` takes m[K, *shape] to rewards [K]. Random selection ignores the rewards, in what it keeps
+    as in what it returns. With sigma_floor = 1 it is plain noise: every candidate, and the returned
+    noise whatever `returns` is, are exactly N(0, I). To that end its mean is returned as
+    mu + sigma_floor * sigma * n, which is mu in the paper's setting and a fresh draw at floor 1.
+
+    A search in which too few candidates ever had a finite reward returns plain noise.
+    """
+    n = jax.random.normal(jax.random.fold_in(key, settings.rounds), shape)
+
+    def one_round(carry, index):
+        mu, sigma, best = carry
+        noise_key, select_key = jax.random.split(jax.random.fold_in(key, index))
+        m = propose(mu, sigma, jax.random.normal(noise_key, (settings.candidates, *shape)))
+        rewards = score_fn(m).astype(jnp.float32)
+        lot = jax.random.uniform(select_key, rewards.shape, jnp.float32)
+        preference = jnp.where(settings.greedy, rewards, lot)
+        mu, sigma, order = refit(m, preference, mu, sigma, settings)
+        best = _better(best, (preference[order[0]], rewards[order[0]], m[order[0]]))
+        fitted = jnp.isfinite(preference).sum() >= settings.elite
+        return (mu, sigma, best), (rewards, order, fitted, m if settings.keep_candidates else None)
+
+    start = (jnp.zeros_like(n), jnp.ones_like(n), (jnp.float32(-jnp.inf), jnp.float32(jnp.nan), n))
+    (mu, sigma, best), (rewards, order, fitted, kept) = jax.lax.scan(
+        one_round, start, jnp.arange(settings.rounds)
+    )
+    share = jnp.where(settings.greedy, 0, settings.sigma_floor).astype(n.dtype)
+    mean = jnp.where(fitted.any(), mu + share * sigma * n, n)
+    noise = jnp.stack([mean, propose(mu, sigma, n), best[2]])[settings.returns]
+    noise = jnp.where(settings.rms, unit_rms(noise), noise)
+    return SearchResult(noise, mu, sigma, rewards, order, kept, best[1], best[2])
+
+
+def unit_rms(m: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """m over its root mean square; zeros stay."""
+    square = jnp.mean(m**2)
+    return m * jax.lax.rsqrt(jnp.where(square > 0, square, 1))
+
+
+def _better(best, new):
+    """The better of two (preference, reward, noise); the earlier one in a tie."""
+    return jax.tree.map(lambda old, now: jnp.where(new[0] > best[0], now, old), best, new)
