@@ -1,0 +1,71 @@
+"""The device mesh: three named axes, and how batches lie on it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from smart_grpo_jax.core.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+
+def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh data × fsdp × tensor over all devices; data = 0 means "all that remain".
+
+    Axis types are Auto: with `jax.make_mesh`'s default (Explicit) a reshape of a sharded batch raises.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    count, inner = len(devices), fsdp * tensor
+    for axis, size, least in (("data", data, 0), ("fsdp", fsdp, 1), ("tensor", tensor, 1)):
+        if size < least:
+            raise UserError(f"mesh.{axis}: got {size}, want {least} or more")
+    if count % inner:
+        raise UserError(f"mesh.fsdp: got {fsdp} × mesh.tensor {tensor}, want a divisor of {count} devices")
+    if data not in (0, count // inner):
+        raise UserError(
+            f"mesh.data: got {data}, want {count // inner} "
+            f"({count} devices / fsdp {fsdp} / tensor {tensor}), or 0 for all that remain"
+        )
+    shape = (count // inner, fsdp, tensor)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first axis of an array is spread over data and fsdp together."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def pad_groups(groups: int, members: int, mesh: Mesh) -> int:
+    """The smallest groups' ≥ groups with groups' × members divisible by data × fsdp.
+
+    The groups that are added are computed and masked, so what is learned does not depend on the mesh.
+    """
+    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    unit = ways // math.gcd(ways, members)
+    return -(-groups // unit) * unit
+
+
+def local_devices_summary() -> str:
+    """What this process computes on, such as `4 × TPU v5 lite (15.7 GiB each), process 1 of 2`."""
+    local = jax.local_devices()
+    parts = [f"{n} × {kind}" for kind, n in Counter(d.device_kind for d in local).items()]
+    limit = (local[0].memory_stats() or {}).get("bytes_limit", 0)
+    if limit:
+        parts[-1] += f" ({limit / 2**30:.1f} GiB each)"
+    if local[0].platform == "cpu":
+        parts.append(f"{len(os.sched_getaffinity(0))} cores")
+    if jax.process_count() > 1:
+        parts.append(f"process {jax.process_index() + 1} of {jax.process_count()}")
+    return ", ".join(parts)
