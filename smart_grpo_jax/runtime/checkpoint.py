@@ -190,7 +190,7 @@ class Checkpoints:
         self.wait()
         flat = flatten(like)
         epochs = self._candidates(epoch)
-        while epochs:
+        while True:  # every process goes round as often as the main one
             chosen = distributed.from_main(self._shelf.first_intact(epochs) if distributed.is_main() else -1)
             if chosen < 0:
                 break

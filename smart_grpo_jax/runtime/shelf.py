@@ -93,9 +93,9 @@ class Shelf:
 
     def prune(self, keep: int, *, keep_best: bool) -> None:
         """Removes all but the newest `keep` and, if wanted, the best."""
-        kept = set(self.epochs()[-keep:])
+        kept: set[int | None] = set(self.epochs()[-keep:])
         if keep_best:
-            kept.add(self.best() or 0)
+            kept.add(self.best())
         for epoch in set(self.epochs()) - kept:
             # Renamed first: half a folder must never pass for a damaged checkpoint.
             doomed = self.path / f"tmp-pruned-{epoch}"
@@ -103,7 +103,7 @@ class Shelf:
             remove(doomed)
 
     def first_intact(self, epochs: list[int]) -> int:
-        """The newest of these epochs whose files are as they were written, or -1; the others are set aside."""
+        """The newest of these epochs whose files are as written, or -1; damaged ones are set aside."""
         for epoch in sorted(epochs, reverse=True):
             try:
                 verify_files(self[epoch], read_manifest(self[epoch]))
