@@ -1,0 +1,56 @@
+"""PyTorch as an oracle: random models, their tensors, and one way to compare."""
+
+import types
+
+import numpy as np
+import pytest
+
+
+class StateDict:
+    """The tensors of a torch module as a reader of weight tables."""
+
+    def __init__(self, module):
+        self.state = {k: v.detach().numpy() for k, v in module.state_dict().items()}
+
+    def keys(self):
+        return set(self.state)
+
+    def shape(self, key):
+        return self.state[key].shape
+
+    def tensor(self, key):
+        return self.state[key]
+
+    def file(self, key):
+        return "state_dict"
+
+
+def assert_close(ours, theirs, tolerance):
+    """Relative error in the norm and in the maximum."""
+    ours, theirs = np.asarray(ours, np.float64), theirs.detach().numpy().astype(np.float64)
+    assert ours.shape == theirs.shape
+    assert np.abs(theirs).max() > 1e-3
+    assert np.linalg.norm(ours - theirs) <= tolerance * np.linalg.norm(theirs)
+    assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
+
+
+@pytest.fixture(scope="session")
+def oracle():
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+
+    def random(module, seed=0, scale=0.2):
+        """Every parameter random, norms around one, so that no branch hides behind a zero gate."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, value in module.named_parameters():
+            offset = 1.0 if value.ndim == 1 and name.endswith("weight") else 0.0
+            value.copy_(offset + scale * torch.randn(value.shape, generator=generator))
+        return module.eval()
+
+    return types.SimpleNamespace(
+        random=random,
+        reader=StateDict,
+        torch=lambda a: torch.from_numpy(np.array(a)),
+        assert_close=assert_close,
+    )
