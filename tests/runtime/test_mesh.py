@@ -1,0 +1,63 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from smart_grpo_jax.core.errors import UserError
+from smart_grpo_jax.runtime import mesh as meshes
+
+COUNT = jax.device_count()
+
+
+def test_data_zero_takes_all_that_remain():
+    mesh = meshes.make_mesh(0, 1, 1)
+    assert dict(mesh.shape) == {"data": COUNT, "fsdp": 1, "tensor": 1}
+    assert set(mesh.axis_types) == {AxisType.Auto}
+
+
+def test_a_mesh_can_take_some_devices():
+    assert meshes.make_mesh(1, 1, 1, jax.devices()[:1]).size == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "start"),
+    [
+        ((COUNT + 2, 1, 1), f"mesh.data: got {COUNT + 2}, want {COUNT}"),
+        ((0, COUNT + 1, 1), f"mesh.fsdp: got {COUNT + 1}"),
+        ((-1, 1, 1), "mesh.data: got -1, want 0 or more"),
+        ((0, 1, 0), "mesh.tensor: got 0, want 1 or more"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_one_line(sizes, start):
+    with pytest.raises(UserError) as error:
+        meshes.make_mesh(*sizes)
+    assert error.value.line.startswith(start)
+
+
+class FakeMesh:
+    def __init__(self, data, fsdp):
+        self.shape = {"data": data, "fsdp": fsdp, "tensor": 2}
+
+
+@pytest.mark.parametrize("members", [1, 3, 4, 24])
+@pytest.mark.parametrize("ways", [(1, 1), (4, 1), (2, 4), (3, 5)])
+def test_padding_is_the_smallest_that_divides(members, ways):
+    mesh, product = FakeMesh(*ways), ways[0] * ways[1]
+    for groups in (1, 2, 7, 48):
+        padded = meshes.pad_groups(groups, members, mesh)
+        fits = [g for g in range(groups, groups + product + 1) if g * members % product == 0]
+        assert padded == fits[0]
+
+
+def test_shardings_split_the_batch_and_nothing_else():
+    mesh = meshes.make_mesh(0, 1, 1)
+    assert meshes.batch_sharding(mesh).spec == PartitionSpec(("data", "fsdp"))
+    assert meshes.replicated(mesh).is_fully_replicated
+    x = jax.device_put(jnp.zeros((COUNT * 2, 3)), meshes.batch_sharding(mesh))
+    assert x.addressable_shards[0].data.shape == (2, 3)
+    assert jax.jit(lambda a: a.reshape(-1) @ a.reshape(-1))(x) == 0  # Auto axes: no sharding error
+
+
+def test_the_summary_names_the_devices():
+    text = meshes.local_devices_summary()
+    assert text.startswith(f"{jax.local_device_count()} × {jax.devices()[0].device_kind}")
