@@ -30,11 +30,12 @@ class PromptSet:
     @property
     def sha(self) -> str:
         """A short fingerprint, so that a changed file is noticed when a run is resumed."""
-        return f"{zlib.crc32('\n'.join(self.prompts).encode()):08x}"
+        joined = "\n".join(self.prompts)
+        return f"{zlib.crc32(joined.encode()):08x}"
 
 
 def prompt_id(text: str) -> int:
-    """A prompt's index into the key streams: a function of its text, so that order and subset do not matter."""
+    """A prompt's index into the key streams: a function of its text, whatever the order or the subset."""
     return zlib.crc32(text.encode()) & 0x7FFFFFFF
 
 

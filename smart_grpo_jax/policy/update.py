@@ -134,12 +134,12 @@ def _gradient(
 ) -> tuple[PyTree, dict[str, Array]]:
     """Gradient of the weighted mean loss, accumulated over calls of at most `chunk` states."""
     loss_fn = LOSSES[recipe.loss]
-    total = jnp.maximum(batch.weight.sum(), 1e-9)
+    total = jnp.maximum((batch.weight > 0).sum(), 1)
 
     def call(params: PyTree, part: Experience, key: Array) -> tuple[Array, dict[str, Array]]:
         flat = _flatten(part)
         loss, metrics = loss_fn(policy, recipe, params, old, frozen, cond, flat, key, knobs)
-        share = flat.weight.sum() / total
+        share = (flat.weight > 0).sum() / total
         return loss * share, {k: v if k == "ratio_error" else v * share for k, v in metrics.items()}
 
     parts = _split(batch, recipe.chunk)
@@ -194,25 +194,18 @@ def _likelihood_loss(
     v = policy.velocity(policy.bind(frozen, params), batch.x, t, rows)
     law = transition.step(recipe.transition, batch.x, v, t, t_next, knobs.noise_level, knobs.times[1])
     moves = batch.x_next.shape[1]
-    each = lambda a: jnp.repeat(a, moves, axis=0)
-    x_next = batch.x_next.reshape(-1, *batch.x_next.shape[2:])
     std = jnp.broadcast_to(law.std, (len(t), 1, 1, 1))
-    log_prob = transition.LOG_PROBS[recipe.log_prob](x_next, each(law.mean), each(std)).reshape(-1, moves)
+    flat = batch.x_next.reshape(-1, *batch.x_next.shape[2:])
+    each = lambda a: jnp.repeat(a, moves, axis=0)
+    log_prob = transition.LOG_PROBS[recipe.log_prob](flat, each(law.mean), each(std)).reshape(-1, moves)
     weight = batch.weight * knobs.step_weight[batch.step][:, None]
+    pair = (log_prob, batch.log_prob)
     if recipe.loss == "guard":
-        flat = lambda a: a.reshape(-1)
         loss, metrics = grpo.guard_loss(
-            flat(log_prob),
-            flat(batch.log_prob),
-            each(law.mean),
-            each(batch.mean),
-            each(std),
-            flat(batch.advantage),
-            knobs.clip,
-            weight=flat(weight),
+            *pair, law.mean, batch.mean, std, batch.advantage, knobs.clip, weight=weight
         )
     else:
-        loss, metrics = grpo.ppo_loss(log_prob, batch.log_prob, batch.advantage, knobs.clip, weight=weight)
+        loss, metrics = grpo.ppo_loss(*pair, batch.advantage, knobs.clip, weight=weight)
     ratio = jnp.where(batch.weight > 0, jnp.abs(jnp.exp(log_prob - batch.log_prob) - 1), 0.0)
     metrics = {"loss": loss, "ratio_error": ratio.max(), **_without_max(metrics)}
     if not recipe.use_kl:
@@ -220,16 +213,12 @@ def _likelihood_loss(
     v_ref = jax.lax.stop_gradient(policy.velocity(policy.reference(frozen), batch.x, t, rows))
     law_ref = transition.step(recipe.transition, batch.x, v_ref, t, t_next, knobs.noise_level, knobs.times[1])
     kl = transition.kl(recipe.kl, law.mean, law_ref.mean, std, t_next - t, v, v_ref)
-    kl = _mean(kl, batch.weight.mean(1))
+    kl = grpo.masked_mean(kl, (batch.weight > 0).any(1).astype(kl.dtype))
     return loss + knobs.kl_weight * kl, metrics | {"kl": kl}
 
 
 def _without_max(metrics: dict[str, Array]) -> dict[str, Array]:
     return {k: v for k, v in metrics.items() if "max" not in k}
-
-
-def _mean(values: Array, weight: Array) -> Array:
-    return (values * weight).sum() / jnp.maximum(weight.sum(), 1e-9)
 
 
 def _noised(batch: Endpoints, key: Array) -> tuple[Array, Array, Array]:
@@ -257,25 +246,23 @@ def _endpoint_loss(
     """NFT or AWM: the bare network (no guidance) on re-noised finished latents, no density."""
     t, eps, x_t = _noised(batch, key)
     rows = cond.rows(batch.row)
-    velocity = lambda bound: policy.raw_velocity(bound, x_t, t, rows)
+
+    def velocity(bound: PyTree) -> Array:
+        return policy.raw_velocity(bound, x_t, t, rows)
+
     v = velocity(policy.bind(frozen, params))
     v_old = jax.lax.stop_gradient(velocity(policy.bind(frozen, old)))
+    v_ref = jax.lax.stop_gradient(velocity(policy.reference(frozen))) if recipe.use_kl else v_old
+    kl_weight = knobs.kl_weight if recipe.use_kl else 0.0
+    given = (v, v_old, v_ref, batch.x0, eps, t, batch.advantage)
+    shared = {"kl_weight": kl_weight, "weight": batch.weight}
     if recipe.loss == "nft":
-        loss, metrics = nft.loss(
-            v, v_old, batch.x0, x_t, t, batch.advantage, beta=recipe.nft_beta, clip=recipe.adv_clip,
-            weight=batch.weight,
-        )  # fmt: skip
+        loss, metrics = nft.loss(*given, beta=recipe.nft_beta, adv_clip=recipe.adv_clip, **shared)
     else:
-        loss, metrics = awm.loss(
-            v, v_old, batch.x0, eps, t, batch.advantage, kind=recipe.awm_weight, clip=knobs.clip,
-            weight=batch.weight,
-        )  # fmt: skip
-    metrics = {"loss": loss, **_without_max(metrics)}
+        loss, metrics = awm.loss(*given, clip=knobs.clip, weighting=recipe.awm_weight, **shared)
     if not recipe.use_kl:
-        return loss, metrics
-    v_ref = jax.lax.stop_gradient(velocity(policy.reference(frozen)))
-    kl = _mean(((v - v_ref) ** 2).mean((1, 2, 3)), batch.weight)
-    return loss + knobs.kl_weight * kl, metrics | {"kl": kl}
+        metrics = {k: v for k, v in metrics.items() if k != "kl"}
+    return loss, {"loss": loss, **_without_max(metrics)}
 
 
 LOSSES: dict[str, LossFn] = {
