@@ -1,0 +1,377 @@
+"""From a config to the programs and the data of a run: what all jobs share.
+
+`check` needs neither a device nor a file of weights, so that a wrong config costs a second. `assemble`
+loads the pipeline, lays it over the mesh and jits the two programs of policy/.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from smart_grpo_jax.core.config import Config, searched_steps
+from smart_grpo_jax.core.contradictions import elite_count
+from smart_grpo_jax.core.errors import UserError
+from smart_grpo_jax.core.types import Conditioning, PyTree, Scores, TrainState
+from smart_grpo_jax.data import prompts as prompt_data
+from smart_grpo_jax.hub import pipeline as hub
+from smart_grpo_jax.maths import rng, schedule, search, transition, weights, window
+from smart_grpo_jax.models import lora
+from smart_grpo_jax.policy import credit, rollout, update
+from smart_grpo_jax.rewards import base, mixture
+from smart_grpo_jax.runtime.mesh import make_mesh, pad_groups, replicated
+
+EVAL_SEED = 20_251_002
+"""Evaluation noise is the same in every run, whatever its seed: any two runs can be compared in pairs."""
+
+DEFAULT_ROUNDS = 5
+"""Rounds that the program is compiled for when `search.rounds` is 0 and the search is never taken."""
+
+
+def check(config: Config) -> None:
+    """Everything that can be wrong without looking at a device."""
+    path = config.model.path
+    if path != "shapes" and not (Path(path) / "model_index.json").is_file():
+        raise UserError(f'model.path: got "{path}", wanted "shapes" or a folder with a model_index.json')
+    prompt_data.check(config.prompts.source)
+    prompt_data.check(config.eval.source, "eval.source")
+    for field in ("rewards", "search_reward", "eval_rewards"):
+        for name in getattr(config, field):
+            base.known(name, field)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """All that the loops need, assembled."""
+
+    config: Config
+    mesh: Mesh
+    pipeline: hub.Pipeline
+    prompts: prompt_data.PromptSet
+    eval_prompts: list[str]
+    reward: base.Reward
+    search_reward: base.Reward
+    eval_reward: base.Reward
+    frozen: PyTree
+    fixed: dict[str, PyTree]
+    fns: rollout.Functions
+    policy: update.Policy
+    recipe: update.Recipe
+    rule: credit.Rule
+    times: np.ndarray
+    shape: rollout.Shape
+
+    def state(self) -> TrainState:
+        """The state before the first epoch."""
+        config = self.config
+        if config.adapter.kind == "full":
+            params = jax.tree.map(lambda a: jnp.array(a, jnp.float32), self.frozen["params"])
+        else:
+            adapter = self.pipeline.adapter(config.adapter.rank, config.adapter.alpha, targets(config))
+            key = jax.random.fold_in(rng.key(config.seed, "init"), 1)
+            params = lora.init_lora(key, *adapter)
+        return jax.device_put(update.init_state(self.recipe, params), replicated(self.mesh))
+
+    def rollout_params(self, trainable: PyTree) -> dict[str, PyTree]:
+        """What `act` takes: the policy with these weights, and the frozen rest."""
+        return {"policy": self.policy.bind(self.frozen, trainable), **self.fixed}
+
+
+def assemble(config: Config) -> Run:
+    """Load, build and lay out; the first thing here that touches a device."""
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    pipe = hub.load_pipeline(config.model.path, dtype=config.model.dtype, t5_length=config.model.t5_length)
+    reward = mixture.mixture(config.rewards)
+    search_reward = mixture.mixture(config.search_reward) if config.search_reward else reward
+    eval_reward = joined(reward, config.eval_rewards)
+    fns, policy = functions(config, pipe, reward, search_reward, mesh)
+    times = time_grid(config, pipe, config.sampler.steps)
+    everywhere = replicated(mesh)
+    frozen = {
+        "params": pipe.params["transformer"],
+        "negative": pipe.encode([config.prompts.negative], compact=True),
+    }
+    fixed = {"decoder": pipe.params["vae"], "reward": reward.params, "search_reward": search_reward.params}
+    prompts = prompt_data.load(config.prompts.source)
+    eval_set = prompt_data.load(config.eval.source)
+    return Run(
+        config=config,
+        mesh=mesh,
+        pipeline=pipe,
+        prompts=prompts,
+        eval_prompts=prompt_data.evaluation_subset(eval_set, config.eval.prompts),
+        reward=reward,
+        search_reward=search_reward,
+        eval_reward=eval_reward,
+        frozen=jax.device_put(frozen, everywhere),
+        fixed=jax.device_put(fixed, everywhere),
+        fns=fns,
+        policy=policy,
+        recipe=recipe(config),
+        rule=rule(config),
+        times=times,
+        shape=rollout_shape(config, pipe, times),
+    )
+
+
+def targets(config: Config) -> tuple[str, ...]:
+    """The adapted modules: the published list unless the config names others."""
+    return config.adapter.targets or lora.SD3_TARGETS
+
+
+def time_grid(config: Config, pipe: hub.Pipeline, steps: int) -> np.ndarray:
+    """Times 1 … 0 for this many steps."""
+    height, width, _ = pipe.latent_shape(config.model.resolution or None)
+    tokens = height * width // pipe.patch_size**2
+    shift = config.sampler.shift or pipe.shift
+    return schedule.times(config.sampler.schedule, steps, shift=shift, image_tokens=tokens)
+
+
+def functions(
+    config: Config, pipe: hub.Pipeline, reward: base.Reward, search_reward: base.Reward, mesh: Mesh
+) -> tuple[rollout.Functions, update.Policy]:
+    """The velocity with and without adapter, guidance, decoder and rewards as pure functions."""
+    adapter = config.adapter
+    rank = adapter.rank if adapter.kind == "lora" else 0
+    raw = pipe.velocity_fn(rank, adapter.alpha, targets(config), remat=config.memory.remat)
+    plain = pipe.velocity_fn(0, 0.0, targets(config), remat=config.memory.remat)
+    in_search = config.search.guidance if config.search.guidance >= 0 else config.sampler.guidance
+    constrain = partial(spread, mesh)
+
+    def velocity(params: PyTree, x: Any, t: Any, cond: Conditioning) -> Any:
+        return (raw if params["lora"] else plain)(params, x, t, cond)
+
+    def bind(frozen: PyTree, trainable: PyTree) -> PyTree:
+        if adapter.kind == "full":
+            return {**frozen, "params": trainable, "lora": {}}
+        return {**frozen, "lora": trainable}
+
+    guided = hub.guided(velocity, config.sampler.guidance)
+    fns = rollout.Functions(
+        velocity=guided,
+        search_velocity=hub.guided(velocity, in_search),
+        raw_velocity=velocity,
+        decode=pipe.decode_fn(),
+        score=reward.score,
+        search_score=search_reward.score,
+        constrain=constrain,
+    )
+    reference = lambda frozen: {**frozen, "lora": {}}
+    return fns, update.Policy(guided, velocity, bind, reference, constrain)
+
+
+def spread(mesh: Mesh, tree: PyTree) -> PyTree:
+    """Lay the leading (batch) axis of every leaf over the data axes, where it divides."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def lay(a: Any) -> Any:
+        if devices == 1 or a.ndim == 0 or a.shape[0] % devices:
+            return a
+        return jax.lax.with_sharding_constraint(a, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
+
+    return jax.tree.map(lay, tree)
+
+
+def recipe(config: Config) -> update.Recipe:
+    """The static part of the update."""
+    t = config.train
+    return update.Recipe(
+        loss=t.loss,
+        transition=config.sampler.transition,
+        log_prob=t.log_prob,
+        kl=t.kl,
+        use_kl=t.kl_weight > 0,
+        updates=t.updates_per_epoch,
+        passes=t.inner_epochs,
+        chunk=config.memory.train,
+        adv_clip=t.adv_clip,
+        nft_beta=t.nft_beta,
+        awm_weight=t.awm_weight,
+        grad_clip=t.grad_clip,
+        beta2=t.beta2,
+        ema_every=t.ema.every,
+    )
+
+
+def rule(config: Config) -> credit.Rule:
+    """The static part of the credit."""
+    t = config.train
+    return credit.Rule(
+        kind=config.search.credit if searched_steps(config) else "none",
+        scope=t.adv_scope,
+        clip=t.adv_clip,
+        combine=t.adv_combine,
+        weights=tuple((name, mixture.weight_of(entry)) for name, entry in config.rewards.items()),
+        likelihood=t.loss in ("ppo", "guard"),
+    )
+
+
+def search_mask(config: Config, times: np.ndarray, stochastic: np.ndarray) -> np.ndarray:
+    """Which steps are searched: only noisy ones can be."""
+    steps = config.sampler.steps
+    if not searched_steps(config):
+        return np.zeros(steps, bool)
+    return window.step_mask(config.search.steps, steps, times, stochastic=stochastic)
+
+
+def epoch_window(config: Config, epoch: int) -> window.Window:
+    """Noisy and trained steps of an epoch."""
+    w = config.sampler.window
+    high = {"high": w.stop or None}
+    options: Mapping[str, dict[str, Any]] = {
+        "all": {"noise_last": w.noise_last},
+        "fraction": {"fraction": w.fraction, "noise_last": w.noise_last},
+        "fixed": {"start": w.start, "size": w.size},
+        "random": {"size": w.size, "low": w.start, **high},
+        "sliding": {"size": w.size, "stride": w.stride, "every": w.every},
+    }
+    return window.window(w.kind, config.sampler.steps, epoch, config.seed, **options[w.kind])
+
+
+def rollout_shape(config: Config, pipe: hub.Pipeline, times: np.ndarray) -> rollout.Shape:
+    """The static part of the rollout. With local credit it stops after the last searched step."""
+    s, steps = config.search, config.sampler.steps
+    stop = steps
+    if s.credit == "local" and searched_steps(config):
+        mask = search_mask(config, times, epoch_window(config, 0).stochastic)
+        stop = int(np.flatnonzero(mask)[-1]) + 1 if mask.any() else steps
+    return rollout.Shape(
+        latent=pipe.latent_shape(config.model.resolution or None),
+        members=config.prompts.members,
+        steps=steps,
+        stop=stop,
+        transition=config.sampler.transition,
+        log_prob=config.train.log_prob,
+        space=s.space,
+        searched_members=round(s.members * config.prompts.members),
+        chunk=s.chunk,
+        one_step_rewards=s.credit == "difference" and searched_steps(config),
+        decode_chunk=config.memory.decode,
+        reward_chunk=config.memory.reward,
+        same_latent=config.prompts.same_latent,
+    )
+
+
+def search_settings(config: Config) -> search.Settings:
+    """The options of the search, static and traced."""
+    s = config.search
+    return search.settings(
+        rounds=s.rounds or DEFAULT_ROUNDS,
+        candidates=s.candidates,
+        elite=s.elite if elite_count(s) else 1.0,
+        returns=s.returns,
+        select=s.select,
+        noise_norm=s.noise_norm,
+        sigma_floor=s.sigma_floor,
+        smoothing=s.smoothing,
+        keep_candidates=s.credit == "local" and searched_steps(config),
+    )
+
+
+def rollout_knobs(run: Run, epoch: int) -> rollout.Knobs:
+    """The traced part of a training rollout."""
+    config = run.config
+    stochastic = epoch_window(config, epoch).stochastic
+    level = 0.0 if config.sampler.transition == "ode" else config.sampler.noise_level
+    return rollout.Knobs(
+        seed=jnp.uint32(config.seed),
+        epoch=jnp.int32(epoch),
+        times=jnp.asarray(run.times),
+        noise_level=jnp.float32(level),
+        stochastic=jnp.asarray(stochastic),
+        searched=jnp.asarray(search_mask(config, run.times, stochastic)),
+        execute_search=jnp.asarray(config.search.execute == "search"),
+        search=search_settings(config),
+    )
+
+
+def credit_masks(run: Run, epoch: int, real: np.ndarray) -> credit.Masks:
+    """Trained steps, searched steps and padding of an epoch."""
+    config = run.config
+    w = epoch_window(config, epoch)
+    searched = search_mask(config, run.times, w.stochastic)
+    trained = np.flatnonzero(searched) if run.rule.kind == "local" else w.trained
+    return credit.Masks(
+        jnp.asarray(trained, jnp.int32),
+        jnp.asarray(searched),
+        jnp.float32(config.search.offset),
+        jnp.asarray(real),
+    )
+
+
+def update_knobs(run: Run, epoch: int) -> update.Knobs:
+    """The traced part of an update."""
+    config, t = run.config, run.config.train
+    times = jnp.asarray(run.times)
+    blank = jnp.zeros((1, 1, 1, 1))
+    level = jnp.float32(config.sampler.noise_level)
+    std = [
+        transition.step(config.sampler.transition, blank, blank, a, b, level, times[1]).std.reshape(())
+        for a, b in itertools.pairwise(times)
+    ]
+    trained = jnp.asarray(epoch_window(config, epoch).trained)
+    return update.Knobs(
+        seed=jnp.uint32(config.seed),
+        epoch=jnp.int32(epoch),
+        times=times,
+        noise_level=level,
+        step_weight=weights.step_weights(t.step_weight, jnp.stack(std), times, trained),
+        learning_rate=jnp.float32(t.learning_rate),
+        weight_decay=jnp.float32(t.weight_decay),
+        warmup=jnp.float32(t.warmup),
+        clip=jnp.float32(t.clip),
+        kl_weight=jnp.float32(t.kl_weight),
+        ema_decay=jnp.float32(t.ema.decay),
+    )
+
+
+def joined(reward: base.Reward, extra: Mapping[str, Any]) -> base.Reward:
+    """The training reward with more parts beside it: evaluation's view. Its value stays the training one."""
+    if not extra:
+        return reward
+    held = mixture.mixture({k: 1.0 if v == 0 else v for k, v in extra.items()})
+
+    def score(params: PyTree, images: Any, ctx: PyTree, t: Any = None) -> Scores:
+        value = reward.score(params[0], images, ctx[0], t)
+        more = held.score(params[1], images, ctx[1], t)
+        return Scores(value.value, value.ok, {**more.parts, **value.parts})
+
+    return base.Reward(
+        name="evaluation",
+        params=(reward.params, held.params),
+        prepare=lambda texts: (reward.prepare(texts), held.prepare(texts)),
+        score=score,
+        uses_prompt=True,
+    )
+
+
+def groups_per_call(run: Run, groups: int, members: int, chunk: int) -> tuple[int, int]:
+    """(groups in one call, calls): padded so that images divide over the devices."""
+    size = pad_groups(chunk or groups, members, run.mesh)
+    return size, -(-groups // size)
+
+
+def make_batch(
+    run: Run, texts: Sequence[str], size: int, reward: base.Reward, search_reward: base.Reward
+) -> tuple[rollout.Batch, np.ndarray]:
+    """The prompts of one call, filled up to `size` groups with copies of the first; True where real."""
+    filled = [*texts, *[texts[0]] * (size - len(texts))]
+    ids = jnp.asarray([prompt_data.prompt_id(text) for text in filled], jnp.int32)
+    to_device: Callable[[PyTree], PyTree] = partial(jax.tree.map, jnp.asarray)
+    batch = rollout.Batch(
+        ids,
+        run.pipeline.encode(filled, compact=True),
+        to_device(reward.prepare(filled)),
+        to_device(search_reward.prepare(filled)),
+        jnp.int32(0),
+    )
+    return jax.device_put(batch, replicated(run.mesh)), np.arange(size) < len(texts)
