@@ -1,0 +1,203 @@
+"""Evaluate the bare policy: ODE, fixed noise per prompt and seed, so that any two policies compare in pairs.
+
+`--config.eval.search=true` searches the noise at sampling time, too: what the search is worth without
+any training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from smart_grpo_jax.core.config import Config
+from smart_grpo_jax.core.types import PyTree, TrainState
+from smart_grpo_jax.hub import pipeline as hub
+from smart_grpo_jax.jobs import assemble
+from smart_grpo_jax.jobs.assemble import Run
+from smart_grpo_jax.maths import window
+from smart_grpo_jax.policy import rollout
+from smart_grpo_jax.runtime.checkpoint import Checkpoints
+from smart_grpo_jax.runtime.progress import Heartbeat, say, table
+from smart_grpo_jax.worlds.shapes import grammar
+from smart_grpo_jax.worlds.shapes.second_judge import second_judge
+
+HEADLINE = {
+    "reward": "reward",
+    "shapes": "graded",
+    "shapes/strict": "strict",
+    "second/graded": "graded, second judge",
+    "second/strict": "strict, second judge",
+    "shapes_aesthetic": "aesthetic",
+}
+"""Columns of the final table, where the run has them."""
+
+
+class Evaluation(NamedTuple):
+    """Scores[prompt, seed] by name, and the pictures of the first prompts."""
+
+    prompts: list[str]
+    scores: dict[str, np.ndarray]
+    images: np.ndarray
+
+    def means(self) -> dict[str, float]:
+        """Mean over prompts and seeds, per score."""
+        return {name: float(np.nanmean(values)) for name, values in self.scores.items()}
+
+
+def evaluator(run: Run, *, search: bool | None = None) -> Callable[[PyTree], Evaluation]:
+    """A function from trainable weights to an Evaluation; the program is compiled on its first call."""
+    config, members = run.config, run.config.eval.seeds
+    searched = config.eval.search if search is None else search
+    times = assemble.time_grid(config, run.pipeline, config.sampler.eval_steps)
+    shape = eval_shape(run, searched)
+    knobs = eval_knobs(config, times, searched)
+    chunk = max(1, config.memory.rollout * config.prompts.members // members) if config.memory.rollout else 0
+    size, calls = assemble.groups_per_call(run, len(run.eval_prompts), members, chunk)
+    act = jax.jit(partial(rollout.act, eval_functions(run), shape))
+
+    def evaluate(trainable: PyTree) -> Evaluation:
+        params = run.rollout_params(trainable) | {"reward": run.eval_reward.params}
+        scores: dict[str, list[np.ndarray]] = {}
+        images: list[np.ndarray] = []
+        for call in range(calls):
+            texts = run.eval_prompts[call * size : (call + 1) * size]
+            batch, _ = assemble.make_batch(run, texts, size, run.eval_reward, run.search_reward)
+            acted = jax.device_get(_outputs(act(params, knobs, batch)))
+            pictures = acted["images"][: len(texts) * members]
+            for name, value in (acted["scores"] | _second_opinion(config, texts, members, pictures)).items():
+                scores.setdefault(name, []).append(value[: len(texts) * members])
+            images.append(pictures)
+        grid = {name: np.concatenate(v).reshape(-1, members) for name, v in scores.items()}
+        shown = np.concatenate(images)[::members][: config.log.samples]
+        return Evaluation(run.eval_prompts, grid, shown)
+
+    return evaluate
+
+
+@jax.jit
+def _outputs(acted: rollout.Acted) -> dict[str, PyTree]:
+    value = jnp.where(acted.ok, acted.reward, jnp.nan)
+    return {"images": acted.images, "scores": {"reward": value, **acted.parts}}
+
+
+def _second_opinion(
+    config: Config, texts: Sequence[str], members: int, images: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The held-out judge of the embedded world, in numpy; never trained on."""
+    if not config.eval.source.startswith("shapes:"):
+        return {}
+    spec = np.repeat(grammar.encode(list(texts)), members, axis=0)
+    graded, strict = second_judge(images, spec)
+    return {"second/graded": np.asarray(graded), "second/strict": np.asarray(strict)}
+
+
+def eval_shape(run: Run, searched: bool) -> rollout.Shape:
+    """The rollout's shape with the evaluation's steps and seeds."""
+    config = run.config
+    return dataclasses.replace(
+        run.shape,
+        members=config.eval.seeds,
+        steps=config.sampler.eval_steps,
+        stop=config.sampler.eval_steps,
+        searched_members=config.eval.seeds if searched else 0,
+        one_step_rewards=False,
+        same_latent=False,
+    )
+
+
+def eval_functions(run: Run) -> rollout.Functions:
+    """The run's functions with the evaluation's guidance and rewards."""
+    guided = hub.guided(run.fns.raw_velocity, run.config.sampler.eval_guidance)
+    return dataclasses.replace(run.fns, velocity=guided, score=run.eval_reward.score)
+
+
+def eval_knobs(config: Config, times: np.ndarray, searched: bool) -> rollout.Knobs:
+    """ODE everywhere; with the search on, noise at the searched steps alone."""
+    steps = config.sampler.eval_steps
+    mask = np.zeros(steps, bool)
+    if searched:
+        mask = window.step_mask(config.search.steps, steps, times)
+    settings = dataclasses.replace(assemble.search_settings(config), keep_candidates=False)
+    return rollout.Knobs(
+        seed=jnp.uint32(assemble.EVAL_SEED),
+        epoch=jnp.int32(0),
+        times=jnp.asarray(times),
+        noise_level=jnp.float32(config.sampler.noise_level if searched else 0.0),
+        stochastic=jnp.asarray(mask),
+        searched=jnp.asarray(mask),
+        execute_search=jnp.asarray(True),
+        search=settings,
+    )
+
+
+def interval(difference: np.ndarray) -> tuple[float, float]:
+    """Mean paired difference over prompts and the half-width of its 95 % interval (normal theory)."""
+    per_prompt = np.nanmean(difference, axis=1)
+    error = per_prompt.std(ddof=1) / np.sqrt(len(per_prompt)) if len(per_prompt) > 1 else np.inf
+    return float(per_prompt.mean()), float(1.96 * error)
+
+
+def comparison(
+    base: Mapping[str, np.ndarray], tuned: Mapping[str, np.ndarray]
+) -> list[dict[str, float | str]]:
+    """One row per headline score: base, tuned, paired difference and its half-width."""
+    rows: list[dict[str, float | str]] = []
+    for name, label in HEADLINE.items():
+        if name in base and name in tuned and not (name == "reward" and "shapes" in base):
+            mean, half = interval(tuned[name] - base[name])
+            rows.append(
+                {
+                    "score": label,
+                    "name": name,
+                    "base": float(np.nanmean(base[name])),
+                    "tuned": float(np.nanmean(tuned[name])),
+                    "difference": mean,
+                    "half_width": half,
+                }
+            )
+    return rows
+
+
+def print_comparison(rows: Sequence[Mapping[str, float | str]], count: int, labels: tuple[str, str]) -> None:
+    """The table that ends a run."""
+    cells = [
+        [
+            str(r["score"]),
+            f"{r['base']:.3f}",
+            f"{r['tuned']:.3f}",
+            f"{r['difference']:+.3f} ± {r['half_width']:.3f}",
+        ]
+        for r in rows
+    ]
+    say(table(cells, ["score", *labels, f"paired difference, 95 % ({count} held-out prompts)"]))
+
+
+def evaluated_weights(config: Config, state: TrainState) -> PyTree:
+    """EMA or raw weights, as the config says."""
+    return state.ema if config.eval.weights == "ema" else state.params
+
+
+def job(config: Config, workdir: str, epoch: int | None = None) -> None:
+    """`--mode=eval`: the newest checkpoint of a run folder against the base on equal noise; without a
+    checkpoint, the base alone (and, with eval.search, the base with the noise searched)."""
+    run = assemble.assemble(config)
+    state = run.state()
+    with Checkpoints(workdir, keep=1, best_of=None, say=say, read_only=True) as checkpoints:
+        restored = checkpoints.restore(state, epoch=epoch) if checkpoints.list_epochs() else None
+    with Heartbeat("evaluating"):
+        base = evaluator(run, search=False)(run.state().params)
+    labels = ("base", "base, searched noise" if config.eval.search else "base")
+    other = base
+    if restored is not None:
+        labels = ("base", f"epoch {restored.epoch}" + (", searched noise" if config.eval.search else ""))
+    if restored is not None or config.eval.search:
+        weights = evaluated_weights(config, restored.state if restored is not None else state)
+        with Heartbeat("evaluating"):
+            other = evaluator(run)(weights)
+    print_comparison(comparison(base.scores, other.scores), len(base.prompts), labels)

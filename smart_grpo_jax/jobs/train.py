@@ -1,0 +1,291 @@
+"""Train: Smart-GRPO and Flow-GRPO are this one loop.
+
+The order of a round is fixed so that a kill at any moment costs nothing but time: the line of epoch n is
+on disk before the checkpoint of n is begun, and what a line needs that was computed before a stop travels
+in the checkpoint's meta data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from smart_grpo_jax.core import config as configs
+from smart_grpo_jax.core.config import Config
+from smart_grpo_jax.core.errors import NumericsError, RewardError
+from smart_grpo_jax.core.types import PyTree, TrainState
+from smart_grpo_jax.data import prompts as prompt_data
+from smart_grpo_jax.jobs import assemble, evaluate, record
+from smart_grpo_jax.jobs.assemble import Run
+from smart_grpo_jax.policy import cost, credit, rollout, update
+from smart_grpo_jax.runtime import manifest
+from smart_grpo_jax.runtime.checkpoint import Checkpoints
+from smart_grpo_jax.runtime.compile_cache import CompileCount
+from smart_grpo_jax.runtime.metrics import MetricLog
+from smart_grpo_jax.runtime.progress import Eta, Heartbeat, box, epoch_line, say
+from smart_grpo_jax.runtime.run_folder import RunFolder
+from smart_grpo_jax.runtime.signals import StopFlag
+from smart_grpo_jax.runtime.watchdog import Watchdog
+
+RATIO_TOLERANCE = 1e-6
+"""How far the first update's ratio may be from 1: rollout and update share one step function."""
+
+BAD_UPDATES = 3
+"""Non-finite gradients in a row that end a run."""
+
+
+class Stopped(Exception):
+    """A signal asked for the end; the state is saved."""
+
+
+@dataclasses.dataclass
+class Loop:
+    """The mutable side of a run: where it stands, and what it writes to."""
+
+    run: Run
+    folder: RunFolder
+    checkpoints: Checkpoints
+    log: MetricLog
+    stop: StopFlag
+    watchdog: Watchdog
+    state: TrainState
+    epoch: int
+    pending: dict[str, float]
+    nfe: dict[str, int]
+    eta: Eta
+    compiles: CompileCount
+    warm: int | None = None
+
+    @property
+    def config(self) -> Config:
+        """The run's config."""
+        return self.run.config
+
+
+def job(config: Config, workdir: str, command: Sequence[str]) -> None:
+    """`--mode=train`: begin or take up the run in `workdir`, go on to the last epoch, write the report."""
+    with (
+        StopFlag() as stop,
+        RunFolder.open(
+            workdir, config=configs.to_dict(config), command=list(command), semantic=configs.semantic
+        ) as folder,
+        Checkpoints(folder.path, keep=config.checkpoint.keep, best_of="eval/reward", say=say) as checkpoints,
+    ):
+        try:
+            train(config, folder, checkpoints, stop)
+        except Stopped as stopped:
+            say(f"stopped by {stop.requested} after epoch {stopped}; the same command goes on from there")
+
+
+def train(config: Config, folder: RunFolder, checkpoints: Checkpoints, stop: StopFlag) -> None:
+    """The recipe."""
+    compiles = CompileCount()
+    with Heartbeat("loading"):
+        run = assemble.assemble(config)
+    loop = begin(run, folder, checkpoints, stop, compiles)
+    programs = Programs(run)
+    with loop.log, loop.watchdog:
+        while True:
+            tell(loop, programs)
+            if finished(loop):
+                break
+            started = time.monotonic()
+            acted, masks, batch = act(loop, programs)
+            stop_here(loop)
+            learn(loop, programs, acted, masks, batch)
+            loop.eta.add(time.monotonic() - started)
+            stop_here(loop)
+        checkpoints.wait()
+    record.finish(run, folder, manifest.state_hash(loop.state))
+
+
+class Programs:
+    """The jitted programs of a run."""
+
+    def __init__(self, run: Run) -> None:
+        self.act = jax.jit(partial(rollout.act, run.fns, run.shape))
+        self.credit = jax.jit(partial(credit.experience, run.rule, run.shape))
+        self.summary = jax.jit(partial(credit.summary, run.rule, run.shape))
+        self.learn = jax.jit(partial(update.learn, run.policy, run.recipe), donate_argnums=0)
+        self.evaluate = evaluate.evaluator(run)
+
+
+def begin(
+    run: Run, folder: RunFolder, checkpoints: Checkpoints, stop: StopFlag, compiles: CompileCount
+) -> Loop:
+    """Fresh or restored; the box that says what this run is."""
+    state = run.state()
+    restored = checkpoints.restore(state)
+    meta: dict[str, Any] = restored.meta if restored else {}
+    state = restored.state if restored else state
+    epoch = restored.epoch if restored else 0
+    if restored and meta["prompts"] != run.prompts.sha:
+        say(f"WARNING: {run.prompts.source} has changed since this run began; new prompts are drawn from it")
+    log = MetricLog(
+        folder.path,
+        tensorboard=run.config.log.tensorboard,
+        resume_epoch=epoch if restored else None,
+        say=say,
+    )
+    eta = Eta(run.config.train.epochs, carried=meta.get("eta"))
+    watchdog = Watchdog(folder.path, jax.process_index(), run.config.log.deadline)
+    nfe = dict(meta.get("nfe", cost.NOTHING))
+    say(box("smart_grpo_jax", record.summary(run, state, folder.path, epoch, restored is not None)))
+    return Loop(
+        run, folder, checkpoints, log, stop, watchdog, state, epoch, dict(meta.get("pending", {})), nfe, eta, compiles
+    )  # fmt: skip
+
+
+def tell(loop: Loop, programs: Programs) -> None:
+    """The line of this epoch, with an evaluation when one is due; then the checkpoint when one is due."""
+    lines = loop.log.state_lines()
+    if not lines or lines[-1]["epoch"] < loop.epoch:
+        scalars = loop.pending
+        if evaluation_due(loop.config, loop.epoch):
+            started = time.monotonic()
+            with loop.watchdog.phase("evaluate", loop.epoch), Heartbeat(f"evaluating epoch {loop.epoch}"):
+                result = programs.evaluate(evaluate.evaluated_weights(loop.config, loop.state))
+            scalars |= record.evaluation(loop.folder, loop.epoch, result)
+            scalars["wall/eval_seconds"] = time.monotonic() - started
+        scalars |= {f"nfe/{name}": count for name, count in loop.nfe.items()}
+        scalars["wall/train_seconds"] = loop.eta.seconds
+        if loop.epoch % loop.config.log.every == 0 or "eval/reward" in scalars:
+            loop.log.write(loop.epoch, int(loop.state.step), scalars)
+            say(
+                epoch_line(
+                    loop.epoch,
+                    loop.config.train.epochs,
+                    record.headline(scalars),
+                    loop.eta.remaining(loop.epoch),
+                )
+            )
+        loop.pending = scalars
+    if loop.epoch % loop.config.checkpoint.every == 0 or loop.epoch >= loop.config.train.epochs:
+        save(loop, logged=True)
+
+
+def evaluation_due(config: Config, epoch: int) -> bool:
+    """At the beginning, every `eval.every` epochs, and at the end."""
+    every = config.eval.every
+    return epoch in (0, config.train.epochs) or (every > 0 and epoch % every == 0)
+
+
+def finished(loop: Loop) -> bool:
+    """Whether the last epoch is done; a signal that came while it was told ends the run here."""
+    if loop.epoch >= loop.config.train.epochs:
+        return True
+    if loop.stop.requested:
+        stop_here(loop, logged=True)
+    return False
+
+
+def save(loop: Loop, logged: bool) -> None:
+    """Begin a checkpoint, unless this epoch already has one."""
+    if loop.epoch in loop.checkpoints.list_epochs():
+        return
+    meta = {
+        "prompts": loop.run.prompts.sha,
+        "nfe": loop.nfe,
+        "eta": loop.eta.state(),
+        "pending": {} if logged else loop.pending,
+    }
+    with loop.watchdog.phase("save", loop.epoch):
+        loop.checkpoints.save(loop.epoch, loop.state, meta, loop.pending.get("eval/reward"))
+
+
+def stop_here(loop: Loop, logged: bool | None = None) -> None:
+    """If a signal came: save the last finished epoch and leave."""
+    if not loop.stop.requested:
+        return
+    if logged is None:
+        lines = loop.log.state_lines()
+        logged = bool(lines) and lines[-1]["epoch"] >= loop.epoch
+    loop.checkpoints.wait()
+    save(loop, logged)
+    loop.checkpoints.wait()
+    raise Stopped(loop.epoch)
+
+
+def act(loop: Loop, programs: Programs) -> tuple[rollout.Acted, credit.Masks, rollout.Batch]:
+    """Roll out the groups of this epoch, a few at a time where memory asks for it."""
+    run, config = loop.run, loop.config
+    index = prompt_data.epoch_groups(len(run.prompts.prompts), config.prompts.groups, config.seed, loop.epoch)
+    texts = [run.prompts.prompts[i] for i in index]
+    size, calls = assemble.groups_per_call(run, len(texts), config.prompts.members, config.memory.rollout)
+    knobs = assemble.rollout_knobs(run, loop.epoch)
+    params = run.rollout_params(loop.state.params)
+    parts, batches, real = [], [], []
+    with loop.watchdog.phase("rollout", loop.epoch), Heartbeat(f"rolling out epoch {loop.epoch + 1}"):
+        for call in range(calls):
+            batch, here = assemble.make_batch(
+                run, texts[call * size : (call + 1) * size], size, run.reward, run.search_reward
+            )
+            parts.append(programs.act(params, knobs, batch))
+            batches.append(batch)
+            real.append(here)
+        acted = record.join(parts)
+        jax.block_until_ready(acted.reward)
+    masks = assemble.credit_masks(run, loop.epoch, np.concatenate(real))
+    return acted, masks, record.join_batches(batches)
+
+
+def learn(
+    loop: Loop, programs: Programs, acted: rollout.Acted, masks: credit.Masks, batch: rollout.Batch
+) -> None:
+    """Credit, update, and the guards: no reward, a ratio that is not 1, numbers that are not numbers."""
+    first = loop.warm is None
+    summary = {k: float(v) for k, v in jax.device_get(programs.summary(acted, masks)).items()}
+    if summary["train/failed"] >= 0.5:
+        raise RewardError(
+            f"rewards: {summary['train/failed']:.0%} of epoch {loop.epoch + 1} failed or are NaN"
+        )
+    with loop.watchdog.phase("update", loop.epoch), Heartbeat(f"updating epoch {loop.epoch + 1}"):
+        experience = programs.credit(acted, masks)
+        knobs = assemble.update_knobs(loop.run, loop.epoch)
+        state, metrics = programs.learn(loop.state, loop.run.frozen, batch.cond, experience, knobs)
+        metrics = jax.device_get(metrics)
+    loop.state, loop.epoch = state, loop.epoch + 1
+    check(loop, metrics, first)
+    loop.nfe = cost.add(loop.nfe, cost.epoch(loop.run.shape, loop.run.recipe, loop.config, masks))
+    scalars = {k: v for k, v in summary.items() if np.isfinite(v)}
+    scalars |= {f"update/{name}": float(value) for name, value in metrics.items()}
+    loop.pending = scalars
+    expect_no_compilation(loop)
+
+
+def check(loop: Loop, metrics: PyTree, first: bool) -> None:
+    """The promises that are checked in every run."""
+    error = float(metrics.get("first_ratio_error", 0.0))
+    if first and loop.config.model.dtype == "float32" and error > RATIO_TOLERANCE:
+        raise NumericsError(
+            f"ratio: got 1 ± {error:.1e} before the first update, wanted 1 ± {RATIO_TOLERANCE:g} "
+            "(rollout and update disagree)"
+        )
+    if int(loop.state.counters["skipped_in_a_row"]) >= BAD_UPDATES:
+        raise NumericsError(
+            f"train: {BAD_UPDATES} updates in a row had a non-finite gradient at epoch {loop.epoch}; "
+            "the last checkpoint is good: lower train.learning_rate"
+        )
+
+
+def expect_no_compilation(loop: Loop) -> None:
+    """After the second epoch of a process nothing may compile any more: a silent recompilation is a bug."""
+    if loop.warm is None:
+        loop.warm = -1
+    elif loop.warm == -1:
+        loop.warm = loop.compiles.total
+    elif loop.compiles.total > loop.warm and not evaluation_due(loop.config, loop.epoch - 1):
+        say(f"WARNING: {loop.compiles.total - loop.warm} programs were compiled again at epoch {loop.epoch}")
+        loop.warm = loop.compiles.total
+
+
+def total_parameters(tree: PyTree) -> int:
+    """Numbers in a tree."""
+    return sum(int(jnp.size(leaf)) for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,63 @@
+"""What an epoch costs: every network, decoder and reward call is counted, so that any two runs can be
+compared at equal cost. A guided velocity is two network calls; padding is not counted."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from smart_grpo_jax.core.config import Config
+from smart_grpo_jax.maths import search
+from smart_grpo_jax.policy.credit import Masks
+from smart_grpo_jax.policy.rollout import Shape
+from smart_grpo_jax.policy.update import Recipe
+
+NOTHING = {"velocity": 0, "backward": 0, "decode": 0, "reward": 0, "images": 0}
+
+
+def calls(guidance: float) -> int:
+    """Network calls of one guided velocity."""
+    return 1 if guidance == 1 else 2
+
+
+def sampling(
+    shape: Shape, settings: search.Settings, config: Config, groups: int, searched: int
+) -> dict[str, int]:
+    """One rollout of `groups` real groups in which `searched` steps are searched."""
+    guided = calls(config.sampler.guidance)
+    inside = calls(config.search.guidance) if config.search.guidance >= 0 else guided
+    images = groups * shape.members
+    early = shape.stop < shape.steps or shape.one_step_rewards
+    tried = groups * shape.searched_members * searched * settings.rounds * settings.candidates
+    judged = images * (1 + shape.stop * shape.one_step_rewards)
+    return {
+        "velocity": images * (shape.stop + early) * guided + tried * inside,
+        "backward": 0,
+        "decode": judged + tried,
+        "reward": judged + tried,
+        "images": images,
+    }
+
+
+def learning(recipe: Recipe, config: Config, groups: int, trained: int) -> dict[str, int]:
+    """All passes over one epoch: forward calls (with the reference's or the old policy's) and backward."""
+    images = groups * config.prompts.members
+    if recipe.loss in ("ppo", "guard"):
+        states = images * trained * calls(config.sampler.guidance) * recipe.passes
+        forwards = 1 + recipe.use_kl
+    else:
+        states, forwards = images * recipe.passes, 2 + recipe.use_kl
+    return {"velocity": states * forwards, "backward": states, "decode": 0, "reward": 0, "images": 0}
+
+
+def epoch(shape: Shape, recipe: Recipe, config: Config, masks: Masks) -> dict[str, int]:
+    """One epoch of training."""
+    groups = int(np.sum(np.asarray(masks.real)))
+    searched = int(np.sum(np.asarray(masks.searched)))
+    settings = search.settings(max(config.search.rounds, 1), config.search.candidates, 1.0)
+    act = sampling(shape, settings, config, groups, searched)
+    return add(act, learning(recipe, config, groups, len(masks.trained)))
+
+
+def add(total: dict[str, int], more: dict[str, int]) -> dict[str, int]:
+    """Sums by name."""
+    return {name: total.get(name, 0) + more.get(name, 0) for name in NOTHING}
