@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from smart_grpo_jax.runtime.checkpoint import Checkpoints, state_hash
 from smart_grpo_jax.runtime.files import write_atomic
@@ -19,12 +20,13 @@ from smart_grpo_jax.runtime.run_folder import RunFolder
 
 
 def initial():
-    return {"w": jax.random.normal(jax.random.key(0), (64, 64)), "m": jnp.zeros((64, 64))}
+    return {"w": np.linspace(-1, 1, 4096, dtype=np.float32), "m": np.zeros(4096, np.float32)}
 
 
 @jax.jit
 def step(state, epoch):
-    grad = state["w"] + 0.1 * jax.random.normal(jax.random.fold_in(jax.random.key(1), epoch), (64, 64))
+    """Momentum on a moving target; little to compile, since every start compiles it again."""
+    grad = state["w"] - jnp.sin(jnp.arange(4096.0) * epoch)
     momentum = 0.9 * state["m"] + grad
     return {"w": state["w"] - 0.01 * momentum, "m": momentum}, jnp.mean(grad**2)
 
@@ -35,7 +37,7 @@ def run(folder, epochs, every=2):
         Checkpoints(run_folder, keep=2, best_of=None) as checkpoints,
     ):
         found = checkpoints.restore(initial())
-        done, state = (found.epoch, found.state) if found else (0, initial())
+        done, state = (found.epoch, found.state) if found else (0, jax.device_put(initial()))
         with MetricLog(run_folder, tensorboard=False, resume_epoch=found and done) as log:
             print(f"from {done} {os.getpid()}", flush=True)
             for epoch in range(done + 1, epochs + 1):

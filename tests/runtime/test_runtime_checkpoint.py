@@ -99,7 +99,7 @@ def test_donated_buffers_do_not_reach_the_file(tmp_path):
     state = {"w": jnp.arange(50_000, dtype=jnp.float32), "b": jnp.ones((300, 100))}
     numpy_leaf = np.zeros(1000, np.float32)
     with opened(tmp_path, keep=1) as checkpoints:
-        for epoch in range(20):
+        for epoch in range(10):
             whole = {**state, "host": numpy_leaf}
             want = state_hash(whole)
             checkpoints.save(epoch, whole, {})
