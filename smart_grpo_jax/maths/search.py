@@ -172,6 +172,7 @@ def search(
         rewards = score_fn(m).astype(jnp.float32)
         lot = jax.random.uniform(select_key, rewards.shape, jnp.float32)
         preference = jnp.where(settings.greedy, rewards, lot)
+        preference = jnp.where(jnp.isfinite(preference), preference, -jnp.inf)
         mu, sigma, order = refit(m, preference, mu, sigma, settings)
         best = _better(best, (preference[order[0]], rewards[order[0]], m[order[0]]))
         fitted = jnp.isfinite(preference).sum() >= settings.elite

@@ -36,7 +36,8 @@ def _ode(x, v, t, t_next, a, t_max):
 def _flow(x, v, t, t_next, a, t_max):
     """Flow-GRPO's SDE: mean = x + [v + sigma²/2t x1_hat] dt, std = sigma sqrt(-dt).
 
-    sigma = a sqrt(t / (1 - t)). At t = 1 the denominator is the second time's, which makes the first std exactly a.
+    sigma = a sqrt(t / (1 - t)), where the denominator at t = 1 is the second time's: the first std is
+    exactly a.
     """
     dt = t_next - t
     room = 1 - jnp.where(t >= 1, t_max, t)

@@ -77,7 +77,7 @@ def _sliding(
     every: int = 25,
     wraps: bool = True,
 ) -> Window:
-    """A window that moves by `stride` each `every` epochs; past the end it starts over, or stays (MixGRPO)."""
+    """A window that moves by `stride` each `every` epochs; at the end it starts over or stays (MixGRPO)."""
     if size < 1 or stride < 1 or every < 1 or size > num_steps - 1:
         raise ValueError(
             f"window sliding: got size={size}, stride={stride}, every={every}, want each at least 1 and "
