@@ -1,16 +1,14 @@
 """From a config to the programs and the data of a run: what all jobs share.
 
-`check` needs neither a device nor a file of weights, so that a wrong config costs a second. `assemble`
-loads the pipeline, lays it over the mesh and jits the two programs of policy/.
+`assemble` loads the pipeline, lays it over the mesh and binds the model, the rewards and the prompts into
+the arguments of policy/'s programs; traced.py makes what is traced.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,12 +17,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from smart_grpo_jax.core.config import Config, searched_steps
-from smart_grpo_jax.core.contradictions import elite_count
-from smart_grpo_jax.core.errors import UserError
 from smart_grpo_jax.core.types import Conditioning, PyTree, Scores, TrainState
 from smart_grpo_jax.data import prompts as prompt_data
 from smart_grpo_jax.hub import pipeline as hub
-from smart_grpo_jax.maths import rng, schedule, search, transition, weights, window
+from smart_grpo_jax.jobs import traced
+from smart_grpo_jax.maths import rng, schedule
 from smart_grpo_jax.models import lora
 from smart_grpo_jax.policy import credit, rollout, update
 from smart_grpo_jax.rewards import base, mixture
@@ -32,21 +29,6 @@ from smart_grpo_jax.runtime.mesh import make_mesh, pad_groups, replicated
 
 EVAL_SEED = 20_251_002
 """Evaluation noise is the same in every run, whatever its seed: any two runs can be compared in pairs."""
-
-DEFAULT_ROUNDS = 5
-"""Rounds that the program is compiled for when `search.rounds` is 0 and the search is never taken."""
-
-
-def check(config: Config) -> None:
-    """Everything that can be wrong without looking at a device."""
-    path = config.model.path
-    if path != "shapes" and not (Path(path) / "model_index.json").is_file():
-        raise UserError(f'model.path: got "{path}", wanted "shapes" or a folder with a model_index.json')
-    prompt_data.check(config.prompts.source)
-    prompt_data.check(config.eval.source, "eval.source")
-    for field in ("rewards", "search_reward", "eval_rewards"):
-        for name in getattr(config, field):
-            base.known(name, field)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,34 +197,12 @@ def rule(config: Config) -> credit.Rule:
     )
 
 
-def search_mask(config: Config, times: np.ndarray, stochastic: np.ndarray) -> np.ndarray:
-    """Which steps are searched: only noisy ones can be."""
-    steps = config.sampler.steps
-    if not searched_steps(config):
-        return np.zeros(steps, bool)
-    return window.step_mask(config.search.steps, steps, times, stochastic=stochastic)
-
-
-def epoch_window(config: Config, epoch: int) -> window.Window:
-    """Noisy and trained steps of an epoch."""
-    w = config.sampler.window
-    high = {"high": w.stop or None}
-    options: Mapping[str, dict[str, Any]] = {
-        "all": {"noise_last": w.noise_last},
-        "fraction": {"fraction": w.fraction, "noise_last": w.noise_last},
-        "fixed": {"start": w.start, "size": w.size},
-        "random": {"size": w.size, "low": w.start, **high},
-        "sliding": {"size": w.size, "stride": w.stride, "every": w.every},
-    }
-    return window.window(w.kind, config.sampler.steps, epoch, config.seed, **options[w.kind])
-
-
 def rollout_shape(config: Config, pipe: hub.Pipeline, times: np.ndarray) -> rollout.Shape:
     """The static part of the rollout. With local credit it stops after the last searched step."""
     s, steps = config.search, config.sampler.steps
     stop = steps
     if s.credit == "local" and searched_steps(config):
-        mask = search_mask(config, times, epoch_window(config, 0).stochastic)
+        mask = traced.search_mask(config, times, traced.epoch_window(config, 0).stochastic)
         stop = int(np.flatnonzero(mask)[-1]) + 1 if mask.any() else steps
     return rollout.Shape(
         latent=pipe.latent_shape(config.model.resolution or None),
@@ -258,79 +218,6 @@ def rollout_shape(config: Config, pipe: hub.Pipeline, times: np.ndarray) -> roll
         decode_chunk=config.memory.decode,
         reward_chunk=config.memory.reward,
         same_latent=config.prompts.same_latent,
-    )
-
-
-def search_settings(config: Config) -> search.Settings:
-    """The options of the search, static and traced."""
-    s = config.search
-    return search.settings(
-        rounds=s.rounds or DEFAULT_ROUNDS,
-        candidates=s.candidates,
-        elite=s.elite if elite_count(s) else 1.0,
-        returns=s.returns,
-        select=s.select,
-        noise_norm=s.noise_norm,
-        sigma_floor=s.sigma_floor,
-        smoothing=s.smoothing,
-        keep_candidates=s.credit == "local" and searched_steps(config),
-    )
-
-
-def rollout_knobs(run: Run, epoch: int) -> rollout.Knobs:
-    """The traced part of a training rollout."""
-    config = run.config
-    stochastic = epoch_window(config, epoch).stochastic
-    level = 0.0 if config.sampler.transition == "ode" else config.sampler.noise_level
-    return rollout.Knobs(
-        seed=jnp.uint32(config.seed),
-        epoch=jnp.int32(epoch),
-        times=jnp.asarray(run.times),
-        noise_level=jnp.float32(level),
-        stochastic=jnp.asarray(stochastic),
-        searched=jnp.asarray(search_mask(config, run.times, stochastic)),
-        execute_search=jnp.asarray(config.search.execute == "search"),
-        search=search_settings(config),
-    )
-
-
-def credit_masks(run: Run, epoch: int, real: np.ndarray) -> credit.Masks:
-    """Trained steps, searched steps and padding of an epoch."""
-    config = run.config
-    w = epoch_window(config, epoch)
-    searched = search_mask(config, run.times, w.stochastic)
-    trained = np.flatnonzero(searched) if run.rule.kind == "local" else w.trained
-    return credit.Masks(
-        jnp.asarray(trained, jnp.int32),
-        jnp.asarray(searched),
-        jnp.float32(config.search.offset),
-        jnp.asarray(real),
-    )
-
-
-def update_knobs(run: Run, epoch: int) -> update.Knobs:
-    """The traced part of an update."""
-    config, t = run.config, run.config.train
-    times = jnp.asarray(run.times)
-    blank = jnp.zeros((1, 1, 1, 1))
-    level = jnp.float32(config.sampler.noise_level)
-    std = [
-        transition.step(config.sampler.transition, blank, blank, a, b, level, times[1]).std.reshape(())
-        for a, b in itertools.pairwise(times)
-    ]
-    trained = jnp.asarray(epoch_window(config, epoch).trained)
-    return update.Knobs(
-        seed=jnp.uint32(config.seed),
-        epoch=jnp.int32(epoch),
-        times=times,
-        noise_level=level,
-        step_weight=weights.step_weights(t.step_weight, jnp.stack(std), times, trained),
-        learning_rate=jnp.float32(t.learning_rate),
-        weight_decay=jnp.float32(t.weight_decay),
-        warmup=jnp.float32(t.warmup),
-        clip=jnp.float32(t.clip),
-        kl_weight=jnp.float32(t.kl_weight),
-        ema_decay=jnp.float32(t.ema.decay),
     )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from smart_grpo_jax.core.config import Config
 from smart_grpo_jax.core.types import PyTree, TrainState
 from smart_grpo_jax.hub import pipeline as hub
-from smart_grpo_jax.jobs import assemble
+from smart_grpo_jax.jobs import assemble, traced
 from smart_grpo_jax.jobs.assemble import Run
 from smart_grpo_jax.maths import window
 from smart_grpo_jax.policy import rollout
@@ -123,7 +123,7 @@ def eval_knobs(config: Config, times: np.ndarray, searched: bool) -> rollout.Kno
     mask = np.zeros(steps, bool)
     if searched:
         mask = window.step_mask(config.search.steps, steps, times)
-    settings = dataclasses.replace(assemble.search_settings(config), keep_candidates=False)
+    settings = dataclasses.replace(traced.search_settings(config), keep_candidates=False)
     return rollout.Knobs(
         seed=jnp.uint32(assemble.EVAL_SEED),
         epoch=jnp.int32(0),

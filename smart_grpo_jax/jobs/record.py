@@ -15,7 +15,7 @@ from PIL import Image
 
 from smart_grpo_jax.core.config import searched_steps
 from smart_grpo_jax.core.types import TrainState
-from smart_grpo_jax.jobs import assemble, evaluate, report
+from smart_grpo_jax.jobs import assemble, evaluate, report, traced
 from smart_grpo_jax.jobs.assemble import Run
 from smart_grpo_jax.policy import cost, rollout
 from smart_grpo_jax.policy.rollout import Acted, Batch
@@ -126,14 +126,14 @@ def summary(run: Run, state: TrainState, path: Path, epoch: int, resumed: bool) 
     """The rows of the start-up box."""
     config = run.config
     count = lambda tree: sum(int(a.size) for a in jax.tree.leaves(tree))
-    window = assemble.epoch_window(config, epoch)
-    mask = assemble.search_mask(config, run.times, window.stochastic)
+    window = traced.epoch_window(config, epoch)
+    mask = traced.search_mask(config, run.times, window.stochastic)
     s = config.search
     search = "off (Flow-GRPO)"
     if searched_steps(config):
         where = ", ".join(f"{j} (t={run.times[j]:.2f})" for j in np.flatnonzero(mask))
         search = f"{s.rounds} × {s.candidates}, elite {s.elite:g}, steps {where}, credit {s.credit}"
-    masks = assemble.credit_masks(run, epoch, np.ones(config.prompts.groups, bool))
+    masks = traced.credit_masks(run.config, run.times, epoch, np.ones(config.prompts.groups, bool))
     price = cost.epoch(run.shape, run.recipe, config, masks)
     negatives = "" if config.sampler.guidance == 1 else f", guidance {config.sampler.guidance:g}"
     return [
@@ -159,7 +159,7 @@ def intermediate(run: Run, trainable: Any, texts: Sequence[str], searched: bool)
     shape = dataclasses.replace(
         run.shape, members=1, stop=run.shape.steps, searched_members=int(searched), one_step_rewards=False
     )
-    knobs = assemble.rollout_knobs(run, 0)
+    knobs = traced.rollout_knobs(run.config, run.times, 0)
     settings = dataclasses.replace(knobs.search, keep_candidates=False)
     knobs = knobs._replace(seed=jnp.uint32(assemble.EVAL_SEED), search=settings)
     batch, _ = assemble.make_batch(run, texts, len(texts), run.reward, run.search_reward)

@@ -22,7 +22,7 @@ from smart_grpo_jax.core.config import Config
 from smart_grpo_jax.core.errors import NumericsError, RewardError
 from smart_grpo_jax.core.types import PyTree, TrainState
 from smart_grpo_jax.data import prompts as prompt_data
-from smart_grpo_jax.jobs import assemble, evaluate, record
+from smart_grpo_jax.jobs import assemble, evaluate, record, traced
 from smart_grpo_jax.jobs.assemble import Run
 from smart_grpo_jax.policy import cost, credit, rollout, update
 from smart_grpo_jax.runtime import manifest
@@ -219,7 +219,7 @@ def act(loop: Loop, programs: Programs) -> tuple[rollout.Acted, credit.Masks, ro
     index = prompt_data.epoch_groups(len(run.prompts.prompts), config.prompts.groups, config.seed, loop.epoch)
     texts = [run.prompts.prompts[i] for i in index]
     size, calls = assemble.groups_per_call(run, len(texts), config.prompts.members, config.memory.rollout)
-    knobs = assemble.rollout_knobs(run, loop.epoch)
+    knobs = traced.rollout_knobs(run.config, run.times, loop.epoch)
     params = run.rollout_params(loop.state.params)
     parts, batches, real = [], [], []
     with loop.watchdog.phase("rollout", loop.epoch), Heartbeat(f"rolling out epoch {loop.epoch + 1}"):
@@ -232,7 +232,7 @@ def act(loop: Loop, programs: Programs) -> tuple[rollout.Acted, credit.Masks, ro
             real.append(here)
         acted = record.join(parts)
         jax.block_until_ready(acted.reward)
-    masks = assemble.credit_masks(run, loop.epoch, np.concatenate(real))
+    masks = traced.credit_masks(run.config, run.times, loop.epoch, np.concatenate(real))
     return acted, masks, record.join_batches(batches)
 
 
@@ -248,7 +248,7 @@ def learn(
         )
     with loop.watchdog.phase("update", loop.epoch), Heartbeat(f"updating epoch {loop.epoch + 1}"):
         experience = programs.credit(acted, masks)
-        knobs = assemble.update_knobs(loop.run, loop.epoch)
+        knobs = traced.update_knobs(loop.config, loop.run.times, loop.epoch)
         state, metrics = programs.learn(loop.state, loop.run.frozen, batch.cond, experience, knobs)
         metrics = jax.device_get(metrics)
     loop.state, loop.epoch = state, loop.epoch + 1

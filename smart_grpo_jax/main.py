@@ -1,0 +1,156 @@
+"""The one entry point: `python -m smart_grpo_jax.main --config=FILE [--workdir=DIR] [--mode=M] [--config.a.b=v]`.
+
+The config is read and checked before jax looks at a device, so that a mistake costs one line and a second.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from smart_grpo_jax.core import config as configs
+from smart_grpo_jax.core.config import Config
+from smart_grpo_jax.core.errors import UserError, nearest
+from smart_grpo_jax.flags import Flags, parse
+
+USAGE = """python -m smart_grpo_jax.main --config=FILE [--workdir=DIR] [--mode=MODE] [--config.a.b=value …]
+
+modes:
+  train     (default) train, evaluate, write report.html; the same command again goes on where it stopped
+  eval      newest checkpoint of --workdir against the base, on equal noise      [--epoch=N]
+  sample    pictures: --prompts="a|b" or --prompts=FILE  [--seed=N] [--epoch=N] [--out=DIR]
+            (--config.eval.search=true searches the noise while sampling)
+  pretrain  make the embedded world's pipeline from nothing                      [--out=DIR]
+  report    write report.html again from what the run folder holds
+  doctor    what this machine has, and a self-test of a second
+Every field of the config is in docs/config.md."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a job; returns the exit code, having printed one line where something was wrong."""
+    try:
+        flags = parse(argv, MODES)
+        if flags.help:
+            print(USAGE)
+            return 0
+        config = load_config(flags)
+        MODES[flags.mode](config, flags, argv)
+        return 0
+    except UserError as error:
+        print(error.line, file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 75
+
+
+def load_config(flags: Flags) -> Config:
+    """The config file's `get_config()`, the overrides of the command line, checked."""
+    if flags.config is None:
+        if flags.mode not in NEED_NO_CONFIG:
+            raise UserError("--config: is missing, wanted a file such as configs/shapes.py")
+        values = configs.default()
+    else:
+        values = run_file(flags.config)
+    for name, text in flags.overrides:
+        configs.override(values, name, text)
+    config = configs.from_dict(values)
+    if flags.mode in CHECKED:
+        from smart_grpo_jax.jobs import check
+
+        check.check(config)
+    return config
+
+
+def run_file(path: str) -> ConfigDict:
+    """The ConfigDict that a config file makes; whatever goes wrong in it is one line."""
+    if not Path(path).is_file():
+        near = nearest(path, [str(p) for p in Path("configs").glob("*.py")] or ["configs/shapes.py"])
+        raise UserError(f"--config: no file {path} ({near})")
+    try:
+        values = runpy.run_path(path)["get_config"]()
+    except UserError:
+        raise
+    except KeyError as error:
+        raise UserError(f"--config: {path} has no function get_config() ({error})") from None
+    except Exception as error:
+        raise UserError(f"--config: {path} failed: {type(error).__name__}: {error}") from None
+    if not isinstance(values, ConfigDict):
+        raise UserError(f"--config: {path} get_config() gave {type(values).__name__}, wanted a ConfigDict")
+    return values
+
+
+def workdir(flags: Flags) -> str:
+    """The run folder: given, or runs/<config name>."""
+    return flags.workdir or str(Path("runs") / Path(flags.config or "default").stem)
+
+
+def _start() -> None:
+    """What every job on a device needs first."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    from smart_grpo_jax.runtime import compile_cache, distributed
+
+    compile_cache.enable()
+    distributed.initialise()
+
+
+def _train(config: Config, flags: Flags, argv: Sequence[str]) -> None:
+    _start()
+    from smart_grpo_jax.jobs import train
+
+    train.job(config, workdir(flags), ["python", "-m", "smart_grpo_jax.main", *argv])
+
+
+def _eval(config: Config, flags: Flags, argv: Sequence[str]) -> None:
+    _start()
+    from smart_grpo_jax.jobs import evaluate
+
+    evaluate.job(config, workdir(flags), flags.epoch)
+
+
+def _sample(config: Config, flags: Flags, argv: Sequence[str]) -> None:
+    _start()
+    from smart_grpo_jax.jobs import sample
+
+    sample.job(config, workdir(flags), flags.prompts, flags.seed, flags.epoch, flags.out)
+
+
+def _pretrain(config: Config, flags: Flags, argv: Sequence[str]) -> None:
+    _start()
+    from smart_grpo_jax.jobs import pretrain
+
+    pretrain.job(config, flags.out or workdir(flags))
+
+
+def _report(config: Config, flags: Flags, argv: Sequence[str]) -> None:
+    from smart_grpo_jax.jobs import report
+
+    print(report.write(Path(workdir(flags))))
+
+
+def _doctor(config: Config, flags: Flags, argv: Sequence[str]) -> None:
+    _start()
+    from smart_grpo_jax.jobs import doctor
+
+    doctor.job()
+
+
+MODES: dict[str, Callable[[Config, Flags, Sequence[str]], Any]] = {
+    "train": _train,
+    "eval": _eval,
+    "sample": _sample,
+    "pretrain": _pretrain,
+    "report": _report,
+    "doctor": _doctor,
+}
+CHECKED = ("train", "eval", "sample")
+NEED_NO_CONFIG = ("doctor", "pretrain", "report")
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
