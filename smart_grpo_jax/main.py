@@ -1,4 +1,4 @@
-"""The one entry point: `python -m smart_grpo_jax.main --config=FILE [--workdir=DIR] [--mode=M] [--config.a.b=v]`.
+"""The one entry point: `python -m smart_grpo_jax.main --config=FILE [--mode=M] [--config.a.b=v]`.
 
 The config is read and checked before jax looks at a device, so that a mistake costs one line and a second.
 """

@@ -201,9 +201,10 @@ class Log:
 class Pretrain:
     """Making an embedded world's pipeline from nothing."""
 
-    images: int = option(65536, "scenes rendered for the autoencoder and the flow model", low=64)
-    vae_steps: int = option(3000, "optimizer steps of the autoencoder", low=1)
-    flow_steps: int = option(12000, "optimizer steps of the flow model", low=1)
+    images: int = option(49152, "scenes rendered for the flow model", low=64)
+    vae_steps: int = option(1400, "optimizer steps of the autoencoder", low=1)
+    decoder_steps: int = option(2500, "optimizer steps of the decoder alone", low=1)
+    flow_steps: int = option(7000, "optimizer steps of the flow model", low=1)
     batch: int = option(64, "images per step", low=1)
     caption_noise: float = option(0.3, "share of captions that are wrong: the head-room of RL", low=0, high=1)
     dropout: float = option(0.1, "share of empty captions, for guidance", low=0, high=1)

@@ -27,9 +27,6 @@ from smart_grpo_jax.policy import credit, rollout, update
 from smart_grpo_jax.rewards import base, mixture
 from smart_grpo_jax.runtime.mesh import make_mesh, pad_groups, replicated
 
-EVAL_SEED = 20_251_002
-"""Evaluation noise is the same in every run, whatever its seed: any two runs can be compared in pairs."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Run:

@@ -27,6 +27,9 @@ from smart_grpo_jax.runtime.progress import Heartbeat, say, table
 from smart_grpo_jax.worlds.shapes import grammar
 from smart_grpo_jax.worlds.shapes.second_judge import second_judge
 
+EVAL_SEED = 20_251_002
+"""Evaluation noise is the same in every run, whatever its seed: any two runs can be compared in pairs."""
+
 HEADLINE = {
     "reward": "reward",
     "shapes": "graded",
@@ -50,13 +53,15 @@ class Evaluation(NamedTuple):
         return {name: float(np.nanmean(values)) for name, values in self.scores.items()}
 
 
-def evaluator(run: Run, *, search: bool | None = None) -> Callable[[PyTree], Evaluation]:
+def evaluator(
+    run: Run, *, search: bool | None = None, seed: int = EVAL_SEED
+) -> Callable[[PyTree], Evaluation]:
     """A function from trainable weights to an Evaluation; the program is compiled on its first call."""
     config, members = run.config, run.config.eval.seeds
     searched = config.eval.search if search is None else search
     times = assemble.time_grid(config, run.pipeline, config.sampler.eval_steps)
     shape = eval_shape(run, searched)
-    knobs = eval_knobs(config, times, searched)
+    knobs = eval_knobs(config, times, searched, seed)
     chunk = max(1, config.memory.rollout * config.prompts.members // members) if config.memory.rollout else 0
     size, calls = assemble.groups_per_call(run, len(run.eval_prompts), members, chunk)
     act = jax.jit(partial(rollout.act, eval_functions(run), shape))
@@ -117,7 +122,7 @@ def eval_functions(run: Run) -> rollout.Functions:
     return dataclasses.replace(run.fns, velocity=guided, score=run.eval_reward.score)
 
 
-def eval_knobs(config: Config, times: np.ndarray, searched: bool) -> rollout.Knobs:
+def eval_knobs(config: Config, times: np.ndarray, searched: bool, seed: int) -> rollout.Knobs:
     """ODE everywhere; with the search on, noise at the searched steps alone."""
     steps = config.sampler.eval_steps
     mask = np.zeros(steps, bool)
@@ -125,7 +130,7 @@ def eval_knobs(config: Config, times: np.ndarray, searched: bool) -> rollout.Kno
         mask = window.step_mask(config.search.steps, steps, times)
     settings = dataclasses.replace(traced.search_settings(config), keep_candidates=False)
     return rollout.Knobs(
-        seed=jnp.uint32(assemble.EVAL_SEED),
+        seed=jnp.uint32(seed),
         epoch=jnp.int32(0),
         times=jnp.asarray(times),
         noise_level=jnp.float32(config.sampler.noise_level if searched else 0.0),

@@ -48,10 +48,10 @@ def to_bytes(images: np.ndarray) -> np.ndarray:
     return np.round(np.clip(np.nan_to_num(images), 0, 1) * 255).astype(np.uint8)
 
 
-def png(image: Image.Image) -> bytes:
-    """The file's bytes."""
+def png(image: Image.Image, info: Any = None) -> bytes:
+    """The file's bytes, with text chunks if given."""
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    image.save(buffer, format="PNG", pnginfo=info)
     return buffer.getvalue()
 
 
@@ -141,12 +141,12 @@ def summary(run: Run, state: TrainState, path: Path, epoch: int, resumed: bool) 
         ("model", f"{config.model.path}, {count(run.frozen['params']):,} parameters, {config.model.dtype}"),
         ("trained", f"{count(state.params):,} parameters ({config.adapter.kind})"),
         ("devices", f"{local_devices_summary()}; mesh {dict(run.mesh.shape)}"),
-        ("groups × members", f"{config.prompts.groups} × {config.prompts.members} of {len(run.prompts.prompts)} prompts"),
+        ("groups × members", f"{config.prompts.groups} × {config.prompts.members}, {len(run.prompts.prompts)} prompts"),
         ("sampler", f"{config.sampler.transition}, {run.shape.stop} of {config.sampler.steps} steps, "
                     f"noise {config.sampler.noise_level:g}{negatives}"),
         ("search", search),
-        ("learning", f"{config.train.loss}, {config.train.epochs} epochs × {run.recipe.updates * run.recipe.passes} "
-                     f"updates, lr {config.train.learning_rate:g}"),
+        ("learning", f"{config.train.loss}, {config.train.epochs} epochs × "
+                     f"{run.recipe.updates * run.recipe.passes} updates, lr {config.train.learning_rate:g}"),
         ("rewards", ", ".join(f"{k} {assemble.mixture.weight_of(v):g}" for k, v in config.rewards.items())),
         ("per epoch", f"{price['velocity']:,} network calls, {price['backward']:,} backward, "
                       f"{price['decode']:,} decodes"),
@@ -161,7 +161,7 @@ def intermediate(run: Run, trainable: Any, texts: Sequence[str], searched: bool)
     )
     knobs = traced.rollout_knobs(run.config, run.times, 0)
     settings = dataclasses.replace(knobs.search, keep_candidates=False)
-    knobs = knobs._replace(seed=jnp.uint32(assemble.EVAL_SEED), search=settings)
+    knobs = knobs._replace(seed=jnp.uint32(evaluate.EVAL_SEED), search=settings)
     batch, _ = assemble.make_batch(run, texts, len(texts), run.reward, run.search_reward)
     params = run.rollout_params(trainable)
 

@@ -138,9 +138,8 @@ def begin(
     watchdog = Watchdog(folder.path, jax.process_index(), run.config.log.deadline)
     nfe = dict(meta.get("nfe", cost.NOTHING))
     say(box("smart_grpo_jax", record.summary(run, state, folder.path, epoch, restored is not None)))
-    return Loop(
-        run, folder, checkpoints, log, stop, watchdog, state, epoch, dict(meta.get("pending", {})), nfe, eta, compiles
-    )  # fmt: skip
+    pending = dict(meta.get("pending", {}))
+    return Loop(run, folder, checkpoints, log, stop, watchdog, state, epoch, pending, nfe, eta, compiles)
 
 
 def tell(loop: Loop, programs: Programs) -> None:
