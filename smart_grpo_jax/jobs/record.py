@@ -141,7 +141,7 @@ def summary(run: Run, state: TrainState, path: Path, epoch: int, resumed: bool) 
         ("model", f"{config.model.path}, {count(run.frozen['params']):,} parameters, {config.model.dtype}"),
         ("trained", f"{count(state.params):,} parameters ({config.adapter.kind})"),
         ("devices", f"{local_devices_summary()}; mesh {dict(run.mesh.shape)}"),
-        ("groups × members", f"{config.prompts.groups} × {config.prompts.members}, {len(run.prompts.prompts)} prompts"),
+        ("groups × members", f"{config.prompts.groups} × {config.prompts.members} of {len(run.prompts.prompts)}"),
         ("sampler", f"{config.sampler.transition}, {run.shape.stop} of {config.sampler.steps} steps, "
                     f"noise {config.sampler.noise_level:g}{negatives}"),
         ("search", search),
