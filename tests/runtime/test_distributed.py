@@ -98,7 +98,7 @@ def test_two_processes_agree_and_write_once(tmp_path):
     ]
     try:
         for worker in workers:
-            _, err = worker.communicate(timeout=120)
+            _, err = worker.communicate(timeout=300)
             assert worker.returncode == 0, err[-2000:]
     finally:
         for worker in workers:

@@ -91,7 +91,7 @@ def test_two_starts_one_owner_and_a_killed_owner_leaves_no_lock(tmp_path):
     try:
         assert first.stdout.readline() == b"open\n"
         second = subprocess.run(
-            [sys.executable, "-c", SECOND, tmp_path], env=env, capture_output=True, text=True, timeout=60
+            [sys.executable, "-c", SECOND, tmp_path], env=env, capture_output=True, text=True, timeout=300
         )
         assert second.returncode == 3
         assert f"in use by pid {first.pid} on" in second.stderr

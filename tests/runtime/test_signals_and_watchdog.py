@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -54,7 +55,7 @@ def test_the_second_signal_ends_even_a_process_that_is_inside_a_program():
         process.send_signal(signal.SIGTERM)
         assert process.stderr.readline().startswith("SIGTERM: saving at the next safe point")
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 75
@@ -62,7 +63,7 @@ def test_the_second_signal_ends_even_a_process_that_is_inside_a_program():
 
 
 def wait_until(condition):
-    end = time.monotonic() + 20
+    end = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -85,24 +86,25 @@ def test_phases_are_written_down(tmp_path):
 ASLEEP = """
 import sys, time
 from smart_grpo_jax.runtime.watchdog import Watchdog
-with Watchdog(sys.argv[1], "host-3", 1.0) as watchdog:
+with Watchdog(sys.argv[1], "host-3", 2.0) as watchdog:
     for step in range(6):
         with watchdog.phase("rollout", step):
-            time.sleep(0.3)  # 1.8 s in all, but no phase is too long
-    time.sleep(1.2)  # between phases nothing is watched
+            time.sleep(0.4)  # 2.4 s in all, but no phase is too long
+    time.sleep(2.2)  # between phases nothing is watched
     print("healthy", end="")  # not flushed
     with watchdog.phase("update", 6):
         with watchdog.phase("reward", 6):
             pass
-        time.sleep(60)
+        time.sleep(600)
 """
 
 
 def test_an_overlong_phase_ends_the_process_with_one_line(tmp_path):
     process = python(ASLEEP, tmp_path)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 75
     assert out == "healthy"
     assert len(err.splitlines()) == 1
-    assert err.startswith("host host-3: phase update of step 6 has taken 1 s, more than 1 s; ending")
+    # not "2 s": on a busy machine the watch may come late
+    assert re.match(r"host host-3: phase update of step 6 has taken \d+ s, more than 2 s; ending", err)
     assert json.loads((tmp_path / "phase.json").read_text())["phase"] == "update"
