@@ -15,7 +15,8 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open, serialize_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from smart_grpo_jax.core.errors import StorageError, UserError, nearest
 
@@ -51,7 +52,7 @@ class Tensors:
             raise UserError(f"{file}: no such file")
         try:
             handle = self.handles[file.name] = self.open.enter_context(safe_open(file, "np"))
-            for key in handle.keys():  # noqa: SIM118 - not a dict
+            for key in handle.keys():
                 part = handle.get_slice(key)
                 if part.get_dtype() not in DTYPES:
                     known = nearest(part.get_dtype(), DTYPES)
@@ -74,6 +75,10 @@ class Tensors:
             return self.handles[self.where[key]].get_tensor(key)
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{self.file(key)}: cannot read {key!r} ({error})") from error
+
+    def metadata(self) -> dict[str, str]:
+        """The header's remarks of the first file."""
+        return next(iter(self.handles.values())).metadata() or {}
 
     def file(self, key: str) -> str:
         """The path of the file that holds, or should hold, the tensor."""
@@ -112,12 +117,11 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
     for key, tensor in tensors.items():
         if tensor.dtype not in names:
             raise UserError(f"{path.name}: {key!r} has dtype {tensor.dtype}, wanted one of {sorted(DTYPES)}")
-        dtype = tensor.dtype.name
-        parts[key] = {"dtype": dtype, "shape": tensor.shape, "data": np.ascontiguousarray(tensor).tobytes()}
+        parts[key] = np.ascontiguousarray(tensor)
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        serialize_file(parts, temporary, dict(metadata or {"format": "pt"}))
+        save_file(parts, temporary, dict(metadata or {"format": "pt"}))
         os.replace(temporary, path)
     except OSError as error:
         raise StorageError(f"{path}: could not be written ({error})") from error

@@ -63,7 +63,7 @@ class CLIPConfig:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CLIPConfig:
         """Read text_encoder/config.json; what is not built is a UserError."""
-        fixed = {"model_type": ("clip_text_model",), "projection": ()}
+        fixed = {"model_type": ("clip_text_model",)}
         config = published.read(cls, data, fixed=fixed, ignored=WITHOUT_EFFECT)
         name = (data.get("architectures") or ["CLIPTextModelWithProjection"])[0]
         if name not in PROJECTION:
@@ -114,7 +114,9 @@ class SelfAttention(nn.Module):
         shape = (*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
         names = ("q_proj", "k_proj", "v_proj")
         q, k, v = (nn.Dense(x.shape[-1], dtype=self.dtype, name=n)(x).reshape(shape) for n in names)
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="out_proj")(attend(q, k, v, bias).reshape(x.shape))
+        return nn.Dense(x.shape[-1], dtype=self.dtype, name="out_proj")(
+            attend(q, k, v, bias).reshape(x.shape)
+        )
 
 
 class MLP(nn.Module):
@@ -172,7 +174,9 @@ class CLIPText(nn.Module):
         last = nn.LayerNorm(c.layer_norm_eps, dtype=self.dtype, name="final_layer_norm")(x)
         pooled = jnp.take_along_axis(last, end_positions(ids, c.eos_token_id)[:, None, None], 1)[:, 0]
         if c.projection:
-            pooled = nn.Dense(c.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection")(pooled)
+            pooled = nn.Dense(c.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection")(
+                pooled
+            )
         return CLIPOutput(penultimate, last, pooled)
 
 

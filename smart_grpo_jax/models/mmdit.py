@@ -81,6 +81,11 @@ class MMDiTConfig:
         return tuple(row for row in rows if row[1])
 
 
+XAVIER = nn.initializers.xavier_uniform()
+SMALL = nn.initializers.normal(0.02)
+"""Modulations and the output start near zero, so that a fresh network starts near the identity."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Build:
     """What all parts of one network share: config, adapters, compute dtype, attention."""
@@ -90,13 +95,9 @@ class Build:
     dtype: Any
     attention: str
 
-    def dense(self, features: int, name: str, kernel_init: Any = nn.initializers.xavier_uniform()) -> LoRADense:
+    def dense(self, features: int, name: str, kernel_init: Any = XAVIER) -> LoRADense:
         """A linear layer of the network."""
         return LoRADense(features, self.lora, dtype=self.dtype, kernel_init=kernel_init, name=name)
-
-
-SMALL = nn.initializers.normal(0.02)
-"""Modulations and the output start near zero, so that a fresh network starts near the identity."""
 
 
 def layer_norm(x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
@@ -133,7 +134,9 @@ class Modulation(nn.Module):
     def __call__(self, temb: Float[Array, "b d"]) -> list[Float[Array, "b d"]]:
         """The chunks, in the published order of the layer that uses them."""
         width = self.build.config.width
-        return jnp.split(self.build.dense(self.chunks * width, "linear", SMALL)(nn.silu(temb)), self.chunks, -1)
+        return jnp.split(
+            self.build.dense(self.chunks * width, "linear", SMALL)(nn.silu(temb)), self.chunks, -1
+        )
 
 
 class Projection(nn.Module):

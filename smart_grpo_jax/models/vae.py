@@ -87,10 +87,18 @@ class Parts(nn.Module):
     config: VAEConfig
     dtype: Any
 
-    def convolution(self, features: int, name: str, size: int = 3, stride: int = 1, padding: Any = "SAME") -> nn.Conv:
+    def convolution(
+        self, features: int, name: str, size: int = 3, stride: int = 1, padding: Any = "SAME"
+    ) -> nn.Conv:
         """A convolution with bias, NHWC."""
         return nn.Conv(
-            features, (size, size), strides=stride, padding=padding, dtype=self.dtype, name=name, kernel_init=KERNEL
+            features,
+            (size, size),
+            strides=stride,
+            padding=padding,
+            dtype=self.dtype,
+            name=name,
+            kernel_init=KERNEL,
         )
 
     def normalisation(self, name: str) -> GroupNorm:
@@ -191,7 +199,9 @@ class Encoder(Parts):
             stage = Stage(c, self.dtype, features, c.layers_per_block, change, name=f"down_blocks_{i}")
             x = stage(x)
         x = MidBlock(c, self.dtype, name="mid_block")(x)
-        return self.convolution(2 * c.latent_channels, "conv_out")(nn.silu(self.normalisation("conv_norm_out")(x)))
+        return self.convolution(2 * c.latent_channels, "conv_out")(
+            nn.silu(self.normalisation("conv_norm_out")(x))
+        )
 
 
 class Decoder(Parts):
@@ -226,9 +236,7 @@ class AutoencoderKL(nn.Module):
         if c.use_post_quant_conv:
             self.post_quant_conv = nn.Conv(c.latent_channels, (1, 1), dtype=self.dtype)
 
-    def encode(
-        self, x: Float[Array, "b H W 3"]
-    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
+    def encode(self, x: Float[Array, "b H W 3"]) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
         """Images in [-1,1] → mean and log-variance (clamped to [-30, 20]) of raw latents, float32."""
         h = self.encoder(x.astype(self.dtype))
         h = self.quant_conv(h) if self.config.use_quant_conv else h

@@ -40,12 +40,15 @@ def oracle():
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
 
-    def random(module, seed=0, scale=0.2):
-        """Every parameter random, norms around one, so that no branch hides behind a zero gate."""
+    def random(module, seed=0):
+        """Every parameter random and of unit gain, so that no branch hides behind a zero gate."""
         generator = torch.Generator().manual_seed(seed)
         for name, value in module.named_parameters():
-            offset = 1.0 if value.ndim == 1 and name.endswith("weight") else 0.0
-            value.copy_(offset + scale * torch.randn(value.shape, generator=generator))
+            noise = torch.randn(value.shape, generator=generator)
+            if value.ndim > 1:
+                value.copy_(noise / value[0].numel() ** 0.5)
+            else:
+                value.copy_(0.2 * noise + float(name.endswith("weight")))
         return module.eval()
 
     return types.SimpleNamespace(

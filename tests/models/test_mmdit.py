@@ -12,18 +12,18 @@ from smart_grpo_jax.models.mmdit import MMDiT, MMDiTConfig, position_table
 # n_dual 0, 1, 2 and all; qk norm on and off; one layer; odd sizes; patch 1 and 2.
 CONFIGS = {
     "one_dual_patch_1": dict(
-        sample_size=3, patch_size=1, in_channels=5, num_layers=4, attention_head_dim=12, num_attention_heads=3,
-        joint_attention_dim=20, caption_projection_dim=36, pooled_projection_dim=14, out_channels=5,
+        sample_size=3, patch_size=1, in_channels=5, num_layers=4, attention_head_dim=12,
+        num_attention_heads=3, joint_attention_dim=20, caption_projection_dim=36, pooled_projection_dim=14, out_channels=5,
         pos_embed_max_size=7, dual_attention_layers=[0], qk_norm="rms_norm",
     ),
     "two_dual_no_joint": dict(
-        sample_size=10, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=9, caption_projection_dim=16, pooled_projection_dim=5, out_channels=4,
+        sample_size=10, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=9, caption_projection_dim=16, pooled_projection_dim=5, out_channels=4,
         pos_embed_max_size=6, dual_attention_layers=[0, 1], qk_norm="rms_norm",
     ),
     "sd30_without_dual_or_norm": dict(
-        sample_size=8, patch_size=2, in_channels=3, num_layers=3, attention_head_dim=20, num_attention_heads=3,
-        joint_attention_dim=11, caption_projection_dim=60, pooled_projection_dim=6, out_channels=None,
+        sample_size=8, patch_size=2, in_channels=3, num_layers=3, attention_head_dim=20,
+        num_attention_heads=3, joint_attention_dim=11, caption_projection_dim=60, pooled_projection_dim=6, out_channels=None,
         pos_embed_max_size=5,
     ),
     "single_dual_layer": dict(
@@ -36,23 +36,23 @@ TINY = CONFIGS["one_dual_patch_1"]
 
 
 def inputs(config, rows, columns, length=6, batch=2):
-    keys = jax.random.split(jax.random.key(1), 4)
-    return (
-        jax.random.normal(keys[0], (batch, rows, columns, config.in_channels)),
-        jnp.linspace(0.13, 0.97, batch),
-        jax.random.normal(keys[2], (batch, length, config.joint_attention_dim)),
-        jax.random.normal(keys[3], (batch, config.pooled_projection_dim)),
-    )
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((batch, rows, columns, config.in_channels), np.float32)
+    tokens = rng.standard_normal((batch, length, config.joint_attention_dim), np.float32)
+    pooled = rng.standard_normal((batch, config.pooled_projection_dim), np.float32)
+    return x, np.linspace(0.13, 0.97, batch, dtype=np.float32), tokens, pooled
 
 
 def random_params(config):
     """Every leaf random, so that no branch is hidden behind a small gate."""
+    rng = np.random.default_rng(0)
     shapes = tables.mmdit_shapes(config)
-    leaves, treedef = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    return treedef.unflatten(
-        [0.2 * jax.random.normal(k, s.shape) for k, s in zip(keys, leaves, strict=True)]
-    )
+    return jax.tree.map(lambda s: 0.2 * rng.standard_normal(s.shape, np.float32), shapes)
+
+
+def velocity(net, **static):
+    """The network as one compiled function of (params, x, t, tokens, pooled)."""
+    return jax.jit(lambda params, *batch: net.apply({"params": params}, *batch, **static))
 
 
 @pytest.mark.torch
@@ -67,7 +67,10 @@ def test_velocity_equals_diffusers(name, oracle):
     x, t, tokens, pooled = inputs(config, 2 * p, 3 * p)
     ours = jax.jit(MMDiT(config).apply)({"params": params}, x, t, tokens, pooled)
     theirs = net(
-        oracle.torch(x).permute(0, 3, 1, 2), oracle.torch(tokens), oracle.torch(pooled), 1000 * oracle.torch(t)
+        oracle.torch(x).permute(0, 3, 1, 2),
+        oracle.torch(tokens),
+        oracle.torch(pooled),
+        1000 * oracle.torch(t),
     )[0].permute(0, 2, 3, 1)
     oracle.assert_close(ours, theirs, 1e-5)  # float32 against float64 is 5e-7 of max
 
@@ -86,52 +89,55 @@ def test_repeats_equal_the_expanded_sequence():
     config = MMDiTConfig.from_json(TINY)
     params = random_params(config)
     x, t, tokens, pooled = inputs(config, 3, 2)
-    expanded = jnp.concatenate([tokens[:, :-1], jnp.repeat(tokens[:, -1:], 50, 1)], 1)
+    expanded = np.concatenate([tokens[:, :-1], np.repeat(tokens[:, -1:], 50, 1)], 1)
     net = MMDiT(config)
-    compact = net.apply({"params": params}, x, t, tokens, pooled, repeats=50)
-    full = net.apply({"params": params}, x, t, expanded, pooled)
+    compact = velocity(net, repeats=50)(params, x, t, tokens, pooled)
+    full = velocity(net)(params, x, t, expanded, pooled)
     assert jnp.abs(compact - full).max() <= 1e-5 * jnp.abs(full).max()  # rounding of two summation orders
-    once = net.apply({"params": params}, x, t, tokens, pooled)
+    once = velocity(net)(params, x, t, tokens, pooled)
     assert jnp.abs(once - full).max() > 1e-3 * jnp.abs(full).max()
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_rematerialisation_keeps_the_gradient(remat):
+def gradient(net, params, batch):
+    def loss(p):
+        return jnp.square(net.apply({"params": p}, *batch)).mean()
+
+    return jax.jit(jax.grad(loss))(params)
+
+
+def test_rematerialisation_keeps_the_gradient():
     config = MMDiTConfig.from_json(TINY)
     params, batch = random_params(config), inputs(config, 2, 2)
-
-    def gradient(mode):
-        net = MMDiT(config, remat=mode)
-        return jax.grad(lambda p: jnp.square(net.apply({"params": p}, *batch)).mean())(params)
-
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradient("none"), gradient(remat))
-
-
-def test_position_table_gets_no_gradient():
-    config = MMDiTConfig.from_json(TINY)
-    params, batch = random_params(config), inputs(config, 2, 2)
-    grad = jax.grad(lambda p: jnp.square(MMDiT(config).apply({"params": p}, *batch)).mean())(params)
-    assert not grad["pos_embed"]["pos_embed"].any()
-    assert grad["pos_embed"]["proj"]["kernel"].any()
+    plain = gradient(MMDiT(config), params, batch)
+    assert not plain["pos_embed"]["pos_embed"].any()  # the table is not learned
+    assert plain["pos_embed"]["proj"]["kernel"].any()
+    for remat in ("dots", "full"):
+        again = gradient(MMDiT(config, remat=remat), params, batch)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, again)
 
 
 def test_vmap_over_candidates_equals_the_folded_batch():
     config = MMDiTConfig.from_json(TINY)
     params, (x, t, tokens, pooled) = random_params(config), inputs(config, 2, 2)
-    xs = jnp.stack([x, 2 * x, -x])
-    apply = MMDiT(config).apply
-    mapped = jax.vmap(lambda one: apply({"params": params}, one, t, tokens, pooled))(xs)
-    looped = jnp.stack([apply({"params": params}, one, t, tokens, pooled) for one in xs])
+    xs, call = np.stack([x, 2 * x, -x]), velocity(MMDiT(config))
+    mapped = jax.jit(jax.vmap(call, (None, 0, None, None, None)))(params, xs, t, tokens, pooled)
+    looped = np.stack([call(params, one, t, tokens, pooled) for one in xs])
     np.testing.assert_allclose(mapped, looped, rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_stays_near_float32():
     config = MMDiTConfig.from_json(TINY)
     params, batch = random_params(config), inputs(config, 2, 2)
-    full = MMDiT(config).apply({"params": params}, *batch)
-    half = MMDiT(config, dtype=jnp.bfloat16).apply({"params": params}, *batch)
+    full = velocity(MMDiT(config))(params, *batch)
+    half = velocity(MMDiT(config, dtype=jnp.bfloat16))(params, *batch)
     assert half.dtype == jnp.float32
     assert 0 < jnp.linalg.norm(half - full) / jnp.linalg.norm(full) < 0.03  # torch: 0.7-1.0 % RMS
+
+
+def test_an_unknown_rematerialisation_is_refused():
+    config = MMDiTConfig.from_json(TINY)
+    with pytest.raises(UserError, match='try "full"'):
+        jax.eval_shape(MMDiT(config, remat="fulll").init, jax.random.key(0), *inputs(config, 2, 2))
 
 
 @pytest.mark.parametrize(
@@ -152,4 +158,4 @@ def test_a_feature_that_is_not_built_is_refused(change, match):
 def test_latents_that_do_not_fit_the_patches_are_refused():
     config = MMDiTConfig.from_json(CONFIGS["two_dual_no_joint"])
     with pytest.raises(UserError, match="5×4"):
-        MMDiT(config).apply({"params": random_params(config)}, *inputs(config, 5, 4))
+        jax.eval_shape(MMDiT(config).init, jax.random.key(0), *inputs(config, 5, 4))

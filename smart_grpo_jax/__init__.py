@@ -1,0 +1,32 @@
+"""Reinforcement learning of flow-matching image models with searched noise, in JAX.
+
+    pipe = load_pipeline("shapes")
+    images = pipe.sample(["a red circle above a blue square"])
+
+Names are imported when they are used, so that `import smart_grpo_jax` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from smart_grpo_jax.core.errors import nearest
+
+HOMES = {
+    "load_pipeline": "smart_grpo_jax.hub.pipeline",
+    "load_reward": "smart_grpo_jax.rewards.base",
+    "Conditioning": "smart_grpo_jax.core.types",
+}
+
+__all__ = ["Conditioning", "load_pipeline", "load_reward"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"smart_grpo_jax has no {name!r} ({nearest(name, HOMES)})")
+    return getattr(importlib.import_module(HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *HOMES])

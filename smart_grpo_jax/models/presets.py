@@ -1,0 +1,138 @@
+"""Configs as data, in the words of the published config files: real models by name, and a tiny one.
+
+The real ones let `plan` count memory and time without a download; the tiny one is for tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from smart_grpo_jax.core.errors import UserError, nearest
+from smart_grpo_jax.models.clip import CLIPConfig
+from smart_grpo_jax.models.mmdit import MMDiTConfig
+from smart_grpo_jax.models.vae import VAEConfig
+
+Json = Mapping[str, Any]
+
+VAE_16: Json = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "norm_num_groups": 32,
+    "sample_size": 1024,
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+
+CLIP_L: Json = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "projection_dim": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "hidden_act": "quick_gelu",
+    "eos_token_id": 2,
+}
+
+CLIP_BIG_G: Json = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "projection_dim": 1280,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "hidden_act": "gelu",
+    "eos_token_id": 2,
+}
+
+
+def sd35(layers: int, dual: int, positions: int) -> dict[str, Json]:
+    """Stable Diffusion 3.5: as many heads of 64 features as layers."""
+    transformer = {
+        "num_layers": layers,
+        "num_attention_heads": layers,
+        "attention_head_dim": 64,
+        "caption_projection_dim": 64 * layers,
+        "dual_attention_layers": list(range(dual)),
+        "pos_embed_max_size": positions,
+        "qk_norm": "rms_norm",
+    }
+    return {"transformer": transformer, "vae": VAE_16, "text_encoder": CLIP_L, "text_encoder_2": CLIP_BIG_G}
+
+
+TINY: Mapping[str, Json] = {
+    "transformer": {
+        "sample_size": 3,
+        "patch_size": 1,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 3,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "joint_attention_dim": 24,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": 14,
+        "pos_embed_max_size": 5,
+        "dual_attention_layers": [0],
+        "qk_norm": "rms_norm",
+    },
+    "vae": {
+        "block_out_channels": [4, 8],
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 2,
+        "sample_size": 6,
+        "scaling_factor": 1.3,
+        "shift_factor": 0.1,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    },
+    "text_encoder": {
+        "vocab_size": 600,
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "projection_dim": 6,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 14,
+        "hidden_act": "quick_gelu",
+        "eos_token_id": 2,
+    },
+    "text_encoder_2": {
+        "vocab_size": 600,
+        "hidden_size": 12,
+        "intermediate_size": 20,
+        "projection_dim": 8,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "max_position_embeddings": 14,
+        "hidden_act": "gelu",
+        "eos_token_id": 2,
+    },
+}
+
+PRESETS: Mapping[str, Mapping[str, Json]] = {
+    "sd35-medium": sd35(24, 13, 384),
+    "sd35-large": sd35(38, 0, 192),
+    "tiny": TINY,
+}
+
+READERS: Mapping[str, Any] = {
+    "transformer": MMDiTConfig,
+    "vae": VAEConfig,
+    "text_encoder": CLIPConfig,
+    "text_encoder_2": CLIPConfig,
+}
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Component → config dataclass of a model by name."""
+    if name not in PRESETS:
+        raise UserError(f"preset: got {name!r}, {nearest(name, PRESETS)}")
+    return {part: READERS[part].from_json(data) for part, data in PRESETS[name].items()}
