@@ -76,12 +76,12 @@ def _cells(key: Array, spec: Int[Array, "n 7"]) -> Int[Array, "n 4"]:
     """Four different cells per row; the first two satisfy the relation where one is said."""
     n = spec.shape[0]
     free_key, pair_key = jax.random.split(key)
-    free = jnp.argsort(jax.random.uniform(free_key, (n, CELLS**2)), axis=1)[:, :OBJECTS]
+    order = jax.random.uniform(free_key, (n, CELLS**2))
     pairs = jnp.asarray(_related_cells())
-    chosen = pairs[jnp.maximum(spec[:, 6], 0), jax.random.randint(pair_key, (n,), 0, pairs.shape[1])]
-    # A related scene has two objects: cells 3 and 4 are never drawn and may coincide with the pair.
-    related = jnp.concatenate([chosen, free[:, 2:]], axis=1)
-    return jnp.where(spec[:, 6:7] >= 0, related, free)
+    pair = pairs[jnp.maximum(spec[:, 6], 0), jax.random.randint(pair_key, (n,), 0, pairs.shape[1])]
+    places = jnp.arange(CELLS**2)
+    related = jnp.where(places == pair[:, :1], -2.0, jnp.where(places == pair[:, 1:], -1.0, order))
+    return jnp.argsort(jnp.where(spec[:, 6:7] >= 0, related, order), axis=1)[:, :OBJECTS]
 
 
 def _attribute(key: Array, first: Array, second: Array, pair: Array, bound: int) -> Int[Array, "n 4"]:
