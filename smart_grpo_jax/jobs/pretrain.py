@@ -24,13 +24,12 @@ from jaxtyping import Array, Float, Int
 from smart_grpo_jax.core.config import Config
 from smart_grpo_jax.core.types import Conditioning, PyTree
 from smart_grpo_jax.hub import pipeline as hub
-from smart_grpo_jax.hub.folder import save_pipeline
+from smart_grpo_jax.hub.folder import save_pipeline, write_text
 from smart_grpo_jax.hub.tokenizers import load_tokenizer
 from smart_grpo_jax.maths import rng
 from smart_grpo_jax.models.clip import CLIPConfig, CLIPText
 from smart_grpo_jax.models.mmdit import MMDiT, MMDiTConfig
 from smart_grpo_jax.models.vae import AutoencoderKL, VAEConfig, normalise
-from smart_grpo_jax.runtime.files import write_atomic
 from smart_grpo_jax.runtime.progress import duration, say, table
 from smart_grpo_jax.worlds.shapes import grammar, scenes, vocabulary
 from smart_grpo_jax.worlds.shapes.judge import judge
@@ -307,7 +306,10 @@ def train_flow(
     settings: Config,
     watch: Callable[[int, PyTree], None] = lambda step, params: None,
 ) -> Trained:
-    """Flow matching, |v - (x1 - x0)|² at stratified times, with empty captions for guidance."""
+    """Flow matching, |v - (x1 - x0)|² at stratified times, with empty captions for guidance.
+
+    Each cycle is one cosine; the next one starts from its averaged weights.
+    """
     net, batch = MMDiT(parts.transformer), settings.pretrain.batch
     key = jax.random.fold_in(rng.key(settings.seed, "pretrain"), 2)
 
@@ -331,9 +333,12 @@ def train_flow(
         )
         return ((v - (x1 - x0)) ** 2).mean()
 
-    params = fresh_flow(parts, key, data.latents.shape[1:], text)
-    steps = settings.pretrain.flow_steps
-    return fit(loss_fn, params, jax.random.fold_in(key, 3), steps, 2e-3, "flow model", watch=watch)
+    trained = Trained(fresh_flow(parts, key, data.latents.shape[1:], text), 0.0)
+    for cycle in range(settings.pretrain.flow_cycles):
+        draws = jax.random.fold_in(key, 3 + cycle)
+        name = f"flow model {cycle + 1}/{settings.pretrain.flow_cycles}"
+        trained = fit(loss_fn, trained.params, draws, settings.pretrain.flow_steps, 2e-3, name, watch=watch)
+    return trained
 
 
 def fresh_flow(parts: Parts, key: Array, latent: tuple[int, ...], text: Captions) -> PyTree:
@@ -356,7 +361,7 @@ def tokenizers(folder: Path) -> tuple[dict[str, dict[str, str]], tuple[Any, Any]
     }
     for name, contents in files.items():
         for file, text in contents.items():
-            write_atomic(folder / name / file, text)
+            write_text(folder / name / file, text)
     return files, (load_tokenizer(folder / "tokenizer"), load_tokenizer(folder / "tokenizer_2"))
 
 

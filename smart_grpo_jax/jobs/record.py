@@ -136,12 +136,13 @@ def summary(run: Run, state: TrainState, path: Path, epoch: int, resumed: bool) 
     masks = traced.credit_masks(run.config, run.times, epoch, np.ones(config.prompts.groups, bool))
     price = cost.epoch(run.shape, run.recipe, config, masks)
     negatives = "" if config.sampler.guidance == 1 else f", guidance {config.sampler.guidance:g}"
+    known = len(run.prompts.prompts)
     return [
         ("run", f"{path} ({f'resumed after epoch {epoch}' if resumed else 'fresh'})"),
         ("model", f"{config.model.path}, {count(run.frozen['params']):,} parameters, {config.model.dtype}"),
         ("trained", f"{count(state.params):,} parameters ({config.adapter.kind})"),
         ("devices", f"{local_devices_summary()}; mesh {dict(run.mesh.shape)}"),
-        ("groups × members", f"{config.prompts.groups} × {config.prompts.members} of {len(run.prompts.prompts)}"),
+        ("groups × members", f"{config.prompts.groups} × {config.prompts.members} of {known} prompts"),
         ("sampler", f"{config.sampler.transition}, {run.shape.stop} of {config.sampler.steps} steps, "
                     f"noise {config.sampler.noise_level:g}{negatives}"),
         ("search", search),

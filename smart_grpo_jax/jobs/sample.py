@@ -54,6 +54,7 @@ def job(
                 weights
             )
     folder = Path(out or Path(workdir) / "sampled")
+    folder.mkdir(parents=True, exist_ok=True)
     for name, result in rows.items():
         for i, (text, image) in enumerate(zip(wanted, result.images, strict=True)):
             write_atomic(folder / f"{i:03d}_{name}.png", with_text(image, text, source, name, seed, config))
