@@ -67,7 +67,7 @@ def number(value: float, step: float | None = None) -> str:
     """A value for a reader: 1.2M, 350k, 0.25, 3e-07; `step` gives the decimals of a tick."""
     if value == 0 or (step is not None and abs(value) < step / 1e6):
         return "0"
-    size = abs(value) if step is None else max(abs(value), step)
+    size = abs(value) if step is None else max(abs(value), 10 * step)
     for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size >= unit:
             scale = 1e3 if letter == "k" else unit
@@ -165,7 +165,7 @@ def _grid(frame: Frame, values: Sequence[float], label: str) -> str:
     if label:
         middle = (frame.top + frame.height - BOTTOM) / 2
         parts.append(
-            f'<text class="name" text-anchor="middle" transform="translate(12 {middle:.1f}) rotate(-90)">'
+            f'<text text-anchor="middle" transform="translate(12 {middle:.1f}) rotate(-90)">'
             f"{_text(label)}</text>"
         )
     return "".join(parts)
@@ -186,7 +186,8 @@ def _x_axis(frame: Frame, values: Sequence[float], label: str) -> str:
 
 def _label_below(frame: Frame, label: str) -> str:
     middle = (LEFT + frame.width - RIGHT) / 2
-    return f'<text class="name" x="{middle:.1f}" y="{frame.height - 6:.1f}" text-anchor="middle">{_text(label)}</text>'
+    at = f'x="{middle:.1f}" y="{frame.height - 6:.1f}"'
+    return f'<text {at} text-anchor="middle">{_text(label)}</text>'
 
 
 def _legend(labels: Sequence[tuple[int, str]], width: float) -> tuple[str, int]:

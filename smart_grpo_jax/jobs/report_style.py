@@ -11,13 +11,15 @@ PLOT = """
   --ground:#ffffff; }
 @media (prefers-color-scheme: dark) { .plot { --c0:#5cb3f2; --c1:#f5a04c; --c2:#3ecf9f; --c3:#dd9bcb;
   --ink:#e9ebee; --soft:#a7aeb9; --hair:#323842; --ground:#1b1f26; } }
-.plot text { font:12px system-ui,-apple-system,"Segoe UI",Roboto,Helvetica,Arial,sans-serif; fill:var(--soft); }
+.plot text { font:12px system-ui,-apple-system,"Segoe UI",Roboto,Helvetica,Arial,sans-serif;
+  fill:var(--soft); }
 .plot text.key, .plot text.value { fill:var(--ink); }
 .plot .grid { stroke:var(--hair); stroke-width:1; }
 .plot .axis { stroke:var(--soft); stroke-width:1; }
 .plot .line { fill:none; stroke-width:2; stroke-linejoin:round; stroke-linecap:round; }
 .plot .line0 { stroke:var(--c0); } .plot .line1 { stroke:var(--c1); }
-.plot .line2 { stroke:var(--c2); stroke-dasharray:7 4; } .plot .line3 { stroke:var(--c3); stroke-dasharray:2 4; }
+.plot .line2 { stroke:var(--c2); stroke-dasharray:7 4; }
+.plot .line3 { stroke:var(--c3); stroke-dasharray:2 4; }
 .plot .fill0 { fill:var(--c0); } .plot .fill1 { fill:var(--c1); }
 .plot .fill2 { fill:var(--c2); } .plot .fill3 { fill:var(--c3); }
 .plot .band { opacity:.18; } .plot .band0 { fill:var(--c0); } .plot .band1 { fill:var(--c1); }
@@ -37,10 +39,9 @@ body { margin:0; background:var(--bg); color:var(--ink);
   font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,Helvetica,Arial,sans-serif; }
 main { max-width:1120px; margin:0 auto; padding:40px 20px 64px; }
 header { margin-bottom:28px; }
-h1 { margin:0 0 10px; font-size:15px; font-weight:600; color:var(--soft); letter-spacing:.01em;
-  overflow-wrap:anywhere; }
-.result { margin:0; font-size:clamp(22px,3.6vw,34px); line-height:1.25; font-weight:650; letter-spacing:-.015em;
-  text-wrap:balance; overflow-wrap:anywhere; }
+.run { margin:0 0 10px; font-size:15px; font-weight:600; color:var(--soft); overflow-wrap:anywhere; }
+h1 { margin:0; font-size:clamp(22px,3.6vw,34px); line-height:1.25; font-weight:650;
+  letter-spacing:-.015em; text-wrap:balance; overflow-wrap:anywhere; }
 .second { margin:12px 0 0; font-size:17px; color:var(--soft); max-width:66ch; }
 .status { margin:14px 0 0; color:var(--soft); font-size:14px; }
 section { background:var(--card); border:1px solid var(--hair); border-radius:14px; padding:22px 22px 24px;
@@ -49,8 +50,8 @@ h2 { margin:0 0 4px; font-size:20px; line-height:1.3; font-weight:650; letter-sp
 h3 { margin:18px 0 8px; font-size:15px; font-weight:650; }
 p { margin:0 0 14px; max-width:72ch; } p:last-child { margin-bottom:0; }
 .lead, .absent, figcaption, small { color:var(--soft); font-size:14px; line-height:1.45; }
-.pairs { display:grid; grid-template-columns:repeat(auto-fill,minmax(min(190px,46%),1fr)); gap:18px 14px; margin:0;
-  padding:0; list-style:none; }
+.pairs { display:grid; grid-template-columns:repeat(auto-fill,minmax(min(190px,46%),1fr));
+  gap:18px 14px; margin:0; padding:0; list-style:none; }
 .pairs li { min-width:0; }
 .shots { display:grid; grid-template-columns:1fr 1fr; gap:4px; }
 .shots figure { position:relative; margin:0; }
@@ -61,13 +62,15 @@ img.pixels { image-rendering:pixelated; }
 .prompt { margin:3px 0 0; font-size:14px; line-height:1.35; overflow-wrap:anywhere; }
 .score { margin:1px 0 0; font-size:13px; color:var(--soft); font-variant-numeric:tabular-nums; }
 .scroll { overflow-x:auto; -webkit-overflow-scrolling:touch; margin:0 -4px; padding:0 4px; }
-.scroll:focus-visible, summary:focus-visible { outline:2px solid var(--accent); outline-offset:2px; border-radius:6px; }
+.scroll:focus-visible, summary:focus-visible { outline:2px solid var(--accent); outline-offset:2px;
+  border-radius:6px; }
 table { border-collapse:collapse; width:100%; font-size:14px; font-variant-numeric:tabular-nums; }
 th, td { text-align:left; padding:8px 14px 8px 0; border-bottom:1px solid var(--hair); vertical-align:top; }
 th { font-weight:600; color:var(--soft); white-space:nowrap; } tbody th { color:var(--ink); }
 tr:last-child > * { border-bottom:0; }
 td.n, th.n { text-align:right; white-space:nowrap; padding:8px 4px 8px 14px; }
-tr.changed { background:var(--mark); } tr.changed > :first-child { padding-left:8px; box-shadow:inset 3px 0 var(--bad); }
+tr.changed { background:var(--mark); } tr.changed > :first-child { padding-left:8px;
+  box-shadow:inset 3px 0 var(--bad); }
 td code { overflow-wrap:anywhere; }
 code, pre { font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace; }
 pre { margin:0; overflow-x:auto; padding:12px 14px; background:var(--bg); border-radius:8px; }
@@ -81,7 +84,7 @@ pre { margin:0; overflow-x:auto; padding:12px 14px; background:var(--bg); border
 details { margin-top:16px; } summary { cursor:pointer; color:var(--accent); font-size:14px; padding:4px 0; }
 .sheets { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(320px,100%),1fr)); gap:16px; }
 .sheets figure { margin:0; }
-@media (max-width:640px) { main { padding:24px 12px 48px; } section { padding:18px 14px 20px; border-radius:12px; }
+@media (max-width:640px) { main { padding:24px 12px 48px; } section { padding:18px 14px 20px; }
   .hero .wide { display:none; } .hero .narrow { display:block; } }
 @media print { body { background:#fff; } section { break-inside:avoid; } }
 """

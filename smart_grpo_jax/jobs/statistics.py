@@ -1,4 +1,4 @@
-"""What two evaluations on equal noise say about each other: pure numpy, shared by the terminal and the page."""
+"""What two evaluations on equal noise say about each other: numpy, for the terminal and the page."""
 
 from __future__ import annotations
 
