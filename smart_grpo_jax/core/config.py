@@ -205,9 +205,10 @@ class Pretrain:
     vae_steps: int = option(1400, "optimizer steps of the autoencoder", low=1)
     decoder_steps: int = option(2500, "optimizer steps of the decoder alone", low=1)
     flow_steps: int = option(7000, "optimizer steps of the flow model per cycle", low=1)
-    flow_cycles: int = option(2, "cosine cycles of the flow model", low=1)
     batch: int = option(64, "images per step", low=1)
-    caption_noise: float = option(0.3, "share of captions that are wrong: the head-room of RL", low=0, high=1)
+    caption_noise: tuple[float, ...] = option(
+        (0.3, 0.1), "share of wrong captions, the head-room of RL: one cosine cycle of the flow model each"
+    )
     dropout: float = option(0.1, "share of empty captions, for guidance", low=0, high=1)
 
 

@@ -308,16 +308,16 @@ def train_flow(
 ) -> Trained:
     """Flow matching, |v - (x1 - x0)|² at stratified times, with empty captions for guidance.
 
-    Each cycle is one cosine; the next one starts from its averaged weights.
+    Each cycle is one cosine with a caption noise of its own; the next starts from its averaged weights.
     """
     net, batch = MMDiT(parts.transformer), settings.pretrain.batch
     key = jax.random.fold_in(rng.key(settings.seed, "pretrain"), 2)
 
-    def loss_fn(params: PyTree, key: Array) -> Array:
+    def loss_fn(params: PyTree, key: Array, caption_noise: float) -> Array:
         pick, noise, time_key, drop, wrong = jax.random.split(key, 5)
         index = jax.random.randint(pick, (batch,), 0, len(data.latents))
         x0 = data.latents[index]
-        row = text.rows(scenes.corrupt(wrong, data.spec[index], settings.pretrain.caption_noise))
+        row = text.rows(scenes.corrupt(wrong, data.spec[index], caption_noise))
         row = jnp.where(jax.random.bernoulli(drop, settings.pretrain.dropout, (batch,)), 0, row)
         prompt = condition(parts, params, text.ids[row], text.ids_2[row], NULL_TOKENS)
         t = (jnp.arange(batch) + jax.random.uniform(time_key, (batch,))) / batch
@@ -334,10 +334,12 @@ def train_flow(
         return ((v - (x1 - x0)) ** 2).mean()
 
     trained = Trained(fresh_flow(parts, key, data.latents.shape[1:], text), 0.0)
-    for cycle in range(settings.pretrain.flow_cycles):
-        draws = jax.random.fold_in(key, 3 + cycle)
-        name = f"flow model {cycle + 1}/{settings.pretrain.flow_cycles}"
-        trained = fit(loss_fn, trained.params, draws, settings.pretrain.flow_steps, 2e-3, name, watch=watch)
+    noises = settings.pretrain.caption_noise
+    for cycle, caption_noise in enumerate(noises):
+        draws, steps = jax.random.fold_in(key, 3 + cycle), settings.pretrain.flow_steps
+        loss = partial(loss_fn, caption_noise=caption_noise)
+        name = f"flow model {cycle + 1}/{len(noises)}"
+        trained = fit(loss, trained.params, draws, steps, 2e-3, name, watch=watch)
     return trained
 
 

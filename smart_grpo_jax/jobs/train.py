@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from smart_grpo_jax.core import config as configs
@@ -36,6 +35,9 @@ from smart_grpo_jax.runtime.watchdog import Watchdog
 
 RATIO_TOLERANCE = 1e-6
 """How far the first update's ratio may be from 1: rollout and update share one step function."""
+
+FAILED_SHARE = 0.5
+"""Share of an epoch's images without a reward that ends a run."""
 
 BAD_UPDATES = 3
 """Non-finite gradients in a row that end a run."""
@@ -61,7 +63,7 @@ class Loop:
     nfe: dict[str, int]
     eta: Eta
     compiles: CompileCount
-    warm: int | None = None
+    rounds: int = 0
 
     @property
     def config(self) -> Config:
@@ -96,10 +98,11 @@ def train(config: Config, folder: RunFolder, checkpoints: Checkpoints, stop: Sto
             tell(loop, programs)
             if finished(loop):
                 break
-            started = time.monotonic()
+            started, compiled = time.monotonic(), compiles.total
             acted, masks, batch = act(loop, programs)
             stop_here(loop)
             learn(loop, programs, acted, masks, batch)
+            expect_no_compilation(loop, compiled)
             loop.eta.add(time.monotonic() - started)
             stop_here(loop)
         checkpoints.wait()
@@ -239,9 +242,9 @@ def learn(
     loop: Loop, programs: Programs, acted: rollout.Acted, masks: credit.Masks, batch: rollout.Batch
 ) -> None:
     """Credit, update, and the guards: no reward, a ratio that is not 1, numbers that are not numbers."""
-    first = loop.warm is None
+    first = loop.rounds == 0
     summary = {k: float(v) for k, v in jax.device_get(programs.summary(acted, masks)).items()}
-    if summary["train/failed"] >= 0.5:
+    if summary["train/failed"] >= FAILED_SHARE:
         raise RewardError(
             f"rewards: {summary['train/failed']:.0%} of epoch {loop.epoch + 1} failed or are NaN"
         )
@@ -256,7 +259,6 @@ def learn(
     scalars = {k: v for k, v in summary.items() if np.isfinite(v)}
     scalars |= {f"update/{name}": float(value) for name, value in metrics.items()}
     loop.pending = scalars
-    expect_no_compilation(loop)
 
 
 def check(loop: Loop, metrics: PyTree, first: bool) -> None:
@@ -274,17 +276,8 @@ def check(loop: Loop, metrics: PyTree, first: bool) -> None:
         )
 
 
-def expect_no_compilation(loop: Loop) -> None:
+def expect_no_compilation(loop: Loop, before: int) -> None:
     """After the second epoch of a process nothing may compile any more: a silent recompilation is a bug."""
-    if loop.warm is None:
-        loop.warm = -1
-    elif loop.warm == -1:
-        loop.warm = loop.compiles.total
-    elif loop.compiles.total > loop.warm and not evaluation_due(loop.config, loop.epoch - 1):
-        say(f"WARNING: {loop.compiles.total - loop.warm} programs were compiled again at epoch {loop.epoch}")
-        loop.warm = loop.compiles.total
-
-
-def total_parameters(tree: PyTree) -> int:
-    """Numbers in a tree."""
-    return sum(int(jnp.size(leaf)) for leaf in jax.tree.leaves(tree))
+    loop.rounds += 1
+    if loop.rounds > 2 and loop.compiles.total > before:
+        say(f"WARNING: {loop.compiles.total - before} programs were compiled again in epoch {loop.epoch}")

@@ -82,10 +82,10 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
 def init_state(recipe: Recipe, params: PyTree) -> TrainState:
     """The state before the first epoch; the average starts at the weights themselves."""
-    zero = jnp.zeros((), jnp.int32)
+    zero = lambda: jnp.zeros((), jnp.int32)  # one buffer each: a donated buffer may appear once
     copy = jax.tree.map(jnp.copy, params)
-    counters = {"skipped": zero, "skipped_in_a_row": zero}
-    return TrainState(zero, zero, params, copy, optimizer(recipe).init(params), counters)
+    counters = {"skipped": zero(), "skipped_in_a_row": zero()}
+    return TrainState(zero(), zero(), params, copy, optimizer(recipe).init(params), counters)
 
 
 def learn(
