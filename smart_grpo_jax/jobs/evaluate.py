@@ -20,6 +20,7 @@ from smart_grpo_jax.core.types import PyTree, TrainState
 from smart_grpo_jax.hub import pipeline as hub
 from smart_grpo_jax.jobs import assemble, traced
 from smart_grpo_jax.jobs.assemble import Run
+from smart_grpo_jax.jobs.statistics import comparison, signed
 from smart_grpo_jax.maths import window
 from smart_grpo_jax.policy import rollout
 from smart_grpo_jax.runtime.checkpoint import Checkpoints
@@ -29,16 +30,6 @@ from smart_grpo_jax.worlds.shapes.second_judge import second_judge
 
 EVAL_SEED = 20_251_002
 """Evaluation noise is the same in every run, whatever its seed: any two runs can be compared in pairs."""
-
-HEADLINE = {
-    "reward": "reward",
-    "shapes": "graded",
-    "shapes/strict": "strict",
-    "second/graded": "graded, second judge",
-    "second/strict": "strict, second judge",
-    "shapes_aesthetic": "aesthetic",
-}
-"""Columns of the final table, where the run has them."""
 
 
 class Evaluation(NamedTuple):
@@ -141,34 +132,6 @@ def eval_knobs(config: Config, times: np.ndarray, searched: bool, seed: int) -> 
     )
 
 
-def interval(difference: np.ndarray) -> tuple[float, float]:
-    """Mean paired difference over prompts and the half-width of its 95 % interval (normal theory)."""
-    per_prompt = np.nanmean(difference, axis=1)
-    error = per_prompt.std(ddof=1) / np.sqrt(len(per_prompt)) if len(per_prompt) > 1 else np.inf
-    return float(per_prompt.mean()), float(1.96 * error)
-
-
-def comparison(
-    base: Mapping[str, np.ndarray], tuned: Mapping[str, np.ndarray]
-) -> list[dict[str, float | str]]:
-    """One row per headline score: base, tuned, paired difference and its half-width."""
-    rows: list[dict[str, float | str]] = []
-    for name, label in HEADLINE.items():
-        if name in base and name in tuned and not (name == "reward" and "shapes" in base):
-            mean, half = interval(tuned[name] - base[name])
-            rows.append(
-                {
-                    "score": label,
-                    "name": name,
-                    "base": float(np.nanmean(base[name])),
-                    "tuned": float(np.nanmean(tuned[name])),
-                    "difference": mean,
-                    "half_width": half,
-                }
-            )
-    return rows
-
-
 def print_comparison(rows: Sequence[Mapping[str, float | str]], count: int, labels: tuple[str, str]) -> None:
     """The table that ends a run."""
     cells = [
@@ -176,7 +139,7 @@ def print_comparison(rows: Sequence[Mapping[str, float | str]], count: int, labe
             str(r["score"]),
             f"{r['base']:.3f}",
             f"{r['tuned']:.3f}",
-            f"{r['difference']:+.3f} ± {r['half_width']:.3f}",
+            signed(float(r["difference"]), float(r["half_width"])),
         ]
         for r in rows
     ]
@@ -194,7 +157,7 @@ def job(config: Config, workdir: str, epoch: int | None = None) -> None:
     run = assemble.assemble(config)
     state = run.state()
     with Checkpoints(workdir, keep=1, best_of=None, say=say, read_only=True) as checkpoints:
-        restored = checkpoints.restore(state, epoch=epoch) if checkpoints.list_epochs() else None
+        restored = checkpoints.restore(state, epoch=epoch)
     with Heartbeat("evaluating"):
         base = evaluator(run, search=False)(run.state().params)
     labels = ("base", "base, searched noise" if config.eval.search else "base")

@@ -17,6 +17,7 @@ from smart_grpo_jax.core.config import searched_steps
 from smart_grpo_jax.core.types import TrainState
 from smart_grpo_jax.jobs import assemble, evaluate, report, traced
 from smart_grpo_jax.jobs.assemble import Run
+from smart_grpo_jax.jobs.statistics import comparison
 from smart_grpo_jax.policy import cost, rollout
 from smart_grpo_jax.policy.rollout import Acted, Batch
 from smart_grpo_jax.runtime import distributed
@@ -24,6 +25,9 @@ from smart_grpo_jax.runtime.files import write_atomic
 from smart_grpo_jax.runtime.mesh import local_devices_summary
 from smart_grpo_jax.runtime.progress import say
 from smart_grpo_jax.runtime.run_folder import RunFolder
+
+FIGURE_PROMPTS = 4
+"""Prompts in the strip of one-step decodes."""
 
 TILE = 96
 """Least side of a picture in a grid, in pixels; small pictures are enlarged without smoothing."""
@@ -154,39 +158,54 @@ def summary(run: Run, state: TrainState, path: Path, epoch: int, resumed: bool) 
     ]  # fmt: skip
 
 
-def intermediate(run: Run, trainable: Any, texts: Sequence[str], searched: bool) -> np.ndarray:
-    """One-step decodes of each state on the way [steps, prompts, H, W, 3]: the paper's Figure 3."""
-    times = assemble.time_grid(run.config, run.pipeline, run.config.sampler.steps)
+def one_step_decodes(run: Run, trainable: Any, texts: Sequence[str], searched: bool) -> np.ndarray:
+    """What each state on the way decodes to in one step, [steps, prompts, H, W, 3] in 8 bits."""
     shape = dataclasses.replace(
         run.shape, members=1, stop=run.shape.steps, searched_members=int(searched), one_step_rewards=False
     )
     knobs = traced.rollout_knobs(run.config, run.times, 0)
     settings = dataclasses.replace(knobs.search, keep_candidates=False)
-    knobs = knobs._replace(seed=jnp.uint32(evaluate.EVAL_SEED), search=settings)
+    knobs = knobs._replace(
+        seed=jnp.uint32(evaluate.EVAL_SEED), search=settings, execute_search=jnp.asarray(True)
+    )
     batch, _ = assemble.make_batch(run, texts, len(texts), run.reward, run.search_reward)
-    params = run.rollout_params(trainable)
 
     @jax.jit
-    def decode(params: Any, knobs: Any, batch: Any) -> Any:
+    def decode(params: Any, knobs: rollout.Knobs, batch: Batch) -> Any:
         acted = rollout.act(run.fns, shape, params, knobs, batch)
 
-        def look(x: Any, t: Any) -> Any:
+        def look(state: tuple[Any, Any]) -> Any:
+            x, t = state
             v = run.fns.velocity(params["policy"], x, jnp.full(x.shape[0], t), batch.cond)
             return run.fns.decode(params["decoder"], x - t * v)
 
-        return jax.lax.map(lambda a: look(*a), (acted.x, jnp.asarray(times[:-1])))
+        return jax.lax.map(look, (acted.x, knobs.times[:-1]))
 
-    return np.asarray(decode(params, knobs, batch))
+    return to_bytes(np.asarray(decode(run.rollout_params(trainable), knobs, batch)))
 
 
-def finish(run: Run, folder: RunFolder, state_hash: str) -> None:
+def figure_three(run: Run, folder: RunFolder, trainable: Any) -> None:
+    """The paper's Figure 3 for this model, beside the same states with the noise searched."""
+    if not (searched_steps(run.config) and distributed.is_main()):
+        return
+    texts = run.eval_prompts[:FIGURE_PROMPTS]
+    plain, searched = (one_step_decodes(run, trainable, texts, on) for on in (False, True))
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer, times=run.times[:-1], prompts=np.asarray(texts), plain=plain, searched=searched
+    )
+    write_atomic(folder.sub("eval") / "steps.npz", buffer.getvalue())
+
+
+def finish(run: Run, folder: RunFolder, state: TrainState, state_hash: str) -> None:
     """The final table, and the page to look at."""
+    figure_three(run, folder, evaluate.evaluated_weights(run.config, state))
     if not distributed.is_main():
         return
     last = run.config.train.epochs
     base = load_evaluation(folder.file("eval") / "0.npz")
     tuned = load_evaluation(folder.file("eval") / f"{last}.npz")
-    rows = evaluate.comparison(base.scores, tuned.scores)
+    rows = comparison(base.scores, tuned.scores)
     evaluate.print_comparison(rows, len(base.prompts), ("base", "tuned"))
     page = report.write(folder.path)
     say(f"state {state_hash[:16]} | look at {page}")

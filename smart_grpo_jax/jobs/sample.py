@@ -16,6 +16,7 @@ from smart_grpo_jax.core.config import Config
 from smart_grpo_jax.core.errors import UserError
 from smart_grpo_jax.data import prompts as prompt_data
 from smart_grpo_jax.jobs import assemble, evaluate, record
+from smart_grpo_jax.jobs.statistics import HEADLINE
 from smart_grpo_jax.runtime.checkpoint import Checkpoints
 from smart_grpo_jax.runtime.files import write_atomic
 from smart_grpo_jax.runtime.progress import Heartbeat, say, table
@@ -42,10 +43,9 @@ def job(
     run = dataclasses.replace(assemble.assemble(config), eval_prompts=wanted)
     state, source = run.state(), "base"
     with Checkpoints(workdir, keep=1, best_of=None, say=say, read_only=True) as checkpoints:
-        if epoch is not None or checkpoints.list_epochs():
-            restored = checkpoints.restore(state, epoch=epoch)
-            if restored is not None:
-                state, source = restored.state, f"epoch {restored.epoch}"
+        restored = checkpoints.restore(state, epoch=epoch)
+    if restored is not None:
+        state, source = restored.state, f"epoch {restored.epoch}"
     weights = evaluate.evaluated_weights(config, state)
     rows = {}
     for search in (False, True) if config.eval.search else (False,):
@@ -84,6 +84,6 @@ def with_text(image: np.ndarray, text: str, source: str, noise: str, seed: int, 
 
 def report_scores(rows: dict[str, evaluate.Evaluation], source: str) -> None:
     """Mean scores of the pictures, where a reward can judge them."""
-    names = [n for n in evaluate.HEADLINE if any(n in r.scores for r in rows.values())]
+    names = [n for n in HEADLINE if any(n in r.scores for r in rows.values())]
     cells = [[source, noise, *(f"{r.means()[n]:.3f}" for n in names)] for noise, r in rows.items()]
-    say(table(cells, ["weights", "noise", *(evaluate.HEADLINE[n] for n in names)]))
+    say(table(cells, ["weights", "noise", *(HEADLINE[n] for n in names)]))

@@ -18,7 +18,7 @@ import numpy as np
 
 from smart_grpo_jax.core import config as configs
 from smart_grpo_jax.core.config import Config
-from smart_grpo_jax.core.errors import NumericsError, RewardError
+from smart_grpo_jax.core.errors import NumericsError, RewardError, StorageError
 from smart_grpo_jax.core.types import PyTree, TrainState
 from smart_grpo_jax.data import prompts as prompt_data
 from smart_grpo_jax.jobs import assemble, evaluate, record, traced
@@ -105,8 +105,10 @@ def train(config: Config, folder: RunFolder, checkpoints: Checkpoints, stop: Sto
             expect_no_compilation(loop, compiled)
             loop.eta.add(time.monotonic() - started)
             stop_here(loop)
-        checkpoints.wait()
-    record.finish(run, folder, manifest.state_hash(loop.state))
+        if not checkpoints.wait():
+            raise StorageError(f"{checkpoints.path}: the last checkpoint could not be written")
+    with Heartbeat("writing the report"):
+        record.finish(run, folder, loop.state, manifest.state_hash(loop.state))
 
 
 class Programs:
