@@ -158,20 +158,23 @@ def summary(run: Run, state: TrainState, path: Path, epoch: int, resumed: bool) 
     ]  # fmt: skip
 
 
-def one_step_decodes(run: Run, trainable: Any, texts: Sequence[str], searched: bool) -> np.ndarray:
-    """What each state on the way decodes to in one step, [steps, prompts, H, W, 3] in 8 bits."""
+def one_step_decodes(run: Run, trainable: Any, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """What each state on the way decodes to in one step, without and with the search: twice
+    [steps, prompts, H, W, 3] in 8 bits, from one program."""
     shape = dataclasses.replace(
-        run.shape, members=1, stop=run.shape.steps, searched_members=int(searched), one_step_rewards=False
+        run.shape, members=1, stop=run.shape.steps, searched_members=1, one_step_rewards=False
     )
     knobs = traced.rollout_knobs(run.config, run.times, 0)
-    settings = dataclasses.replace(knobs.search, keep_candidates=False)
     knobs = knobs._replace(
-        seed=jnp.uint32(evaluate.EVAL_SEED), search=settings, execute_search=jnp.asarray(True)
+        seed=jnp.uint32(evaluate.EVAL_SEED),
+        search=dataclasses.replace(knobs.search, keep_candidates=False),
+        execute_search=jnp.asarray(True),
     )
     batch, _ = assemble.make_batch(run, texts, len(texts), run.reward, run.search_reward)
+    params = run.rollout_params(trainable)
 
     @jax.jit
-    def decode(params: Any, knobs: rollout.Knobs, batch: Batch) -> Any:
+    def decode(params: Any, knobs: rollout.Knobs) -> Any:
         acted = rollout.act(run.fns, shape, params, knobs, batch)
 
         def look(state: tuple[Any, Any]) -> Any:
@@ -181,15 +184,17 @@ def one_step_decodes(run: Run, trainable: Any, texts: Sequence[str], searched: b
 
         return jax.lax.map(look, (acted.x, knobs.times[:-1]))
 
-    return to_bytes(np.asarray(decode(run.rollout_params(trainable), knobs, batch)))
+    off = knobs._replace(searched=jnp.zeros_like(knobs.searched))
+    plain, searched = (to_bytes(np.asarray(decode(params, k))) for k in (off, knobs))
+    return plain, searched
 
 
 def figure_three(run: Run, folder: RunFolder, trainable: Any) -> None:
     """The paper's Figure 3 for this model, beside the same states with the noise searched."""
-    if not (searched_steps(run.config) and distributed.is_main()):
+    if not searched_steps(run.config):
         return
     texts = run.eval_prompts[:FIGURE_PROMPTS]
-    plain, searched = (one_step_decodes(run, trainable, texts, on) for on in (False, True))
+    plain, searched = one_step_decodes(run, trainable, texts)
     buffer = io.BytesIO()
     np.savez_compressed(
         buffer, times=run.times[:-1], prompts=np.asarray(texts), plain=plain, searched=searched
@@ -199,9 +204,9 @@ def figure_three(run: Run, folder: RunFolder, trainable: Any) -> None:
 
 def finish(run: Run, folder: RunFolder, state: TrainState, state_hash: str) -> None:
     """The final table, and the page to look at."""
-    figure_three(run, folder, evaluate.evaluated_weights(run.config, state))
     if not distributed.is_main():
         return
+    figure_three(run, folder, evaluate.evaluated_weights(run.config, state))
     last = run.config.train.epochs
     base = load_evaluation(folder.file("eval") / "0.npz")
     tuned = load_evaluation(folder.file("eval") / f"{last}.npz")
