@@ -10,8 +10,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import zlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,11 +23,16 @@ from smart_grpo_jax.worlds.shapes import grammar
 
 @dataclasses.dataclass(frozen=True)
 class PromptSet:
-    """Prompts in a fixed order, and what was left out while reading them."""
+    """Prompts in a fixed order, and what was left out while reading them.
+
+    A `balanced` set takes its tasks in turn, so that every stretch of it has equal shares; prompts of the
+    smaller tasks stand in it several times.
+    """
 
     source: str
     prompts: tuple[str, ...]
     skipped: int = 0
+    balanced: bool = False
 
     @property
     def sha(self) -> str:
@@ -35,7 +42,7 @@ class PromptSet:
 
 
 def prompt_id(text: str) -> int:
-    """A prompt's index into the key streams: a function of its text, whatever the order or the subset."""
+    """A prompt's index into the key streams of an evaluation: a function of its text, whatever the subset."""
     return zlib.crc32(text.encode()) & 0x7FFFFFFF
 
 
@@ -45,7 +52,7 @@ def load(source: str) -> PromptSet:
     prompts, skipped = READERS[kind](rest) if kind in READERS else _file(source)
     if not prompts:
         raise UserError(f"prompts.source: {source} holds no prompt")
-    return PromptSet(source, tuple(prompts), skipped)
+    return PromptSet(source, tuple(prompts), skipped, balanced=kind == "shapes")
 
 
 def check(source: str, field: str = "prompts.source") -> None:
@@ -68,7 +75,13 @@ def _shapes_split(split: str, field: str = "prompts.source") -> list[str]:
 
 
 def _shapes(rest: str) -> tuple[list[str], int]:
-    return _shapes_split(rest), 0
+    """The six tasks in turn, as GenEval weighs them: equal shares, though position has 500 prompts and
+    single_object 4."""
+    by_task: dict[str, list[str]] = {}
+    for text in _shapes_split(rest):
+        by_task.setdefault(grammar.parse(text).task, []).append(text)
+    longest = max(map(len, by_task.values()))
+    return [texts[i % len(texts)] for i in range(longest) for texts in by_task.values()], 0
 
 
 def _tfds(rest: str) -> tuple[list[str], int]:
@@ -105,7 +118,7 @@ def _json_lines(path: str, lines: list[str]) -> list[str]:
     return prompts
 
 
-def _clean(lines) -> tuple[list[str], int]:
+def _clean(lines: Iterable[str]) -> tuple[list[str], int]:
     """Trimmed, without blanks, control characters' lines and repeats; how many lines were left out."""
     seen: dict[str, None] = {}
     total = 0
@@ -131,9 +144,27 @@ def epoch_groups(count: int, groups: int, seed: int, epoch: int) -> np.ndarray:
     return order[np.arange(start, start + groups) % count].astype(np.int32)
 
 
-def evaluation_subset(prompts: PromptSet, number: int) -> list[str]:
-    """`number` prompts (0: all) spread evenly over the set, the same ones in every run."""
+class Item(NamedTuple):
+    """One prompt of an evaluation; `repeat` counts its earlier occurrences, which get other noise."""
+
+    text: str
+    repeat: int
+
+
+def evaluation_items(prompts: PromptSet, number: int) -> list[Item]:
+    """`number` prompts (0: each once), the same ones in every run: the first of a balanced set, else spread
+    evenly over the set."""
     count = len(prompts.prompts)
-    if number == 0 or number >= count:
-        return list(prompts.prompts)
-    return [prompts.prompts[i * count // number] for i in range(number)]
+    if number == 0:
+        chosen = list(dict.fromkeys(prompts.prompts))
+    elif prompts.balanced:
+        chosen = [prompts.prompts[i % count] for i in range(number)]
+    else:
+        number = min(number, count)
+        chosen = [prompts.prompts[i * count // number] for i in range(number)]
+    seen: Counter[str] = Counter()
+    items = []
+    for text in chosen:
+        items.append(Item(text, seen[text]))
+        seen[text] += 1
+    return items

@@ -7,7 +7,7 @@ the arguments of policy/'s programs; traced.py makes what is traced.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from smart_grpo_jax.core.config import Config, searched_steps
+from smart_grpo_jax.core.contradictions import MOVING
+from smart_grpo_jax.core.errors import UserError
 from smart_grpo_jax.core.types import Conditioning, PyTree, Scores, TrainState
 from smart_grpo_jax.data import prompts as prompt_data
 from smart_grpo_jax.hub import pipeline as hub
@@ -36,7 +38,7 @@ class Run:
     mesh: Mesh
     pipeline: hub.Pipeline
     prompts: prompt_data.PromptSet
-    eval_prompts: list[str]
+    eval_items: list[prompt_data.Item]
     reward: base.Reward
     search_reward: base.Reward
     eval_reward: base.Reward
@@ -87,7 +89,7 @@ def assemble(config: Config) -> Run:
         mesh=mesh,
         pipeline=pipe,
         prompts=prompts,
-        eval_prompts=prompt_data.evaluation_subset(eval_set, config.eval.prompts),
+        eval_items=prompt_data.evaluation_items(eval_set, config.eval.prompts),
         reward=reward,
         search_reward=search_reward,
         eval_reward=eval_reward,
@@ -184,12 +186,13 @@ def recipe(config: Config) -> update.Recipe:
 def rule(config: Config) -> credit.Rule:
     """The static part of the credit."""
     t = config.train
+    weights = {name: mixture.weight_of(entry) for name, entry in config.rewards.items()}
     return credit.Rule(
         kind=config.search.credit if searched_steps(config) else "none",
         scope=t.adv_scope,
         clip=t.adv_clip,
         combine=t.adv_combine,
-        weights=tuple((name, mixture.weight_of(entry)) for name, entry in config.rewards.items()),
+        weights=tuple((name, weight) for name, weight in weights.items() if weight),
         likelihood=t.loss in ("ppo", "guard"),
     )
 
@@ -198,9 +201,12 @@ def rollout_shape(config: Config, pipe: hub.Pipeline, times: np.ndarray) -> roll
     """The static part of the rollout. With local credit it stops after the last searched step."""
     s, steps = config.search, config.sampler.steps
     stop = steps
+    mask = traced.search_mask(config, times, traced.epoch_window(config, 0).stochastic)
+    if searched_steps(config) and config.sampler.window.kind not in MOVING and not mask.any():
+        grid = ", ".join(f"{t:.2f}" for t in times[:-1])
+        raise UserError(f"search.steps: got {s.steps}, wanted at least one noisy step (t = {grid})")
     if s.credit == "local" and searched_steps(config):
-        mask = traced.search_mask(config, times, traced.epoch_window(config, 0).stochastic)
-        stop = int(np.flatnonzero(mask)[-1]) + 1 if mask.any() else steps
+        stop = int(np.flatnonzero(mask)[-1]) + 1
     return rollout.Shape(
         latent=pipe.latent_shape(config.model.resolution or None),
         members=config.prompts.members,
@@ -245,17 +251,26 @@ def groups_per_call(run: Run, groups: int, members: int, chunk: int) -> tuple[in
 
 
 def make_batch(
-    run: Run, texts: Sequence[str], size: int, reward: base.Reward, search_reward: base.Reward
+    run: Run,
+    texts: Sequence[str],
+    size: int,
+    reward: base.Reward,
+    ids: Sequence[int],
+    first_member: Sequence[int] = (),
 ) -> tuple[rollout.Batch, np.ndarray]:
-    """The prompts of one call, filled up to `size` groups with copies of the first; True where real."""
-    filled = [*texts, *[texts[0]] * (size - len(texts))]
-    ids = jnp.asarray([prompt_data.prompt_id(text) for text in filled], jnp.int32)
-    to_device: Callable[[PyTree], PyTree] = partial(jax.tree.map, jnp.asarray)
+    """The prompts of one call, filled up to `size` groups with copies of the first; True where real.
+
+    The noise of a group follows from its id (its place in a training epoch, its text in an evaluation)
+    and from the index of its first member.
+    """
+    spare = size - len(texts)
+    filled = [*texts, *[texts[0]] * spare]
+    members = list(first_member) or [0] * len(texts)
     batch = rollout.Batch(
-        ids,
+        np.asarray([*ids, *[ids[0]] * spare], np.int32),
         run.pipeline.encode(filled, compact=True),
-        to_device(reward.prepare(filled)),
-        to_device(search_reward.prepare(filled)),
-        jnp.int32(0),
+        reward.prepare(filled),
+        run.search_reward.prepare(filled),
+        np.asarray([*members, *[0] * spare], np.int32),
     )
     return jax.device_put(batch, replicated(run.mesh)), np.arange(size) < len(texts)

@@ -17,6 +17,7 @@ import numpy as np
 
 from smart_grpo_jax.core.config import Config
 from smart_grpo_jax.core.types import PyTree, TrainState
+from smart_grpo_jax.data import prompts as prompt_data
 from smart_grpo_jax.hub import pipeline as hub
 from smart_grpo_jax.jobs import assemble, traced
 from smart_grpo_jax.jobs.assemble import Run
@@ -54,7 +55,7 @@ def evaluator(
     shape = eval_shape(run, searched)
     knobs = eval_knobs(config, times, searched, seed)
     chunk = max(1, config.memory.rollout * config.prompts.members // members) if config.memory.rollout else 0
-    size, calls = assemble.groups_per_call(run, len(run.eval_prompts), members, chunk)
+    size, calls = assemble.groups_per_call(run, len(run.eval_items), members, chunk)
     act = jax.jit(partial(rollout.act, eval_functions(run), shape))
 
     def evaluate(trainable: PyTree) -> Evaluation:
@@ -62,8 +63,11 @@ def evaluator(
         scores: dict[str, list[np.ndarray]] = {}
         images: list[np.ndarray] = []
         for call in range(calls):
-            texts = run.eval_prompts[call * size : (call + 1) * size]
-            batch, _ = assemble.make_batch(run, texts, size, run.eval_reward, run.search_reward)
+            items = run.eval_items[call * size : (call + 1) * size]
+            texts = [item.text for item in items]
+            ids = [prompt_data.prompt_id(text) for text in texts]
+            first = [item.repeat * members for item in items]
+            batch, _ = assemble.make_batch(run, texts, size, run.eval_reward, ids, first)
             acted = jax.device_get(_outputs(act(params, knobs, batch)))
             pictures = acted["images"][: len(texts) * members]
             for name, value in (acted["scores"] | _second_opinion(config, texts, members, pictures)).items():
@@ -71,7 +75,7 @@ def evaluator(
             images.append(pictures)
         grid = {name: np.concatenate(v).reshape(-1, members) for name, v in scores.items()}
         shown = np.concatenate(images)[::members][: config.log.samples]
-        return Evaluation(run.eval_prompts, grid, shown)
+        return Evaluation([item.text for item in run.eval_items], grid, shown)
 
     return evaluate
 

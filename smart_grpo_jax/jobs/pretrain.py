@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from smart_grpo_jax.core.config import Config
 from smart_grpo_jax.core.types import PyTree
+from smart_grpo_jax.data import prompts
 from smart_grpo_jax.hub import pipeline as hub
 from smart_grpo_jax.hub.folder import save_pipeline
 from smart_grpo_jax.jobs.pretrain_parts import (
@@ -261,7 +262,8 @@ def show(folder: Path) -> None:
     ):
         verdict = judge(pictures_, spec)
         say(f"{name}: graded {float(verdict.graded.mean()):.3f}, strict {float(verdict.strict.mean()):.3f}")
-    wanted = (grammar.splits()["heldout"] * 20)[:480]
+    items = prompts.evaluation_items(prompts.load("shapes:heldout"), 480)
+    wanted = [item.text for item in items]
     spec = jnp.asarray(grammar.encode(wanted))
     rows = []
     for guidance, steps in ((1.0, 10), (2.0, 10), (3.0, 10), (4.5, 10), (4.5, 28), (4.5, 40), (7.0, 28)):

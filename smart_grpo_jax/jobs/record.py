@@ -32,6 +32,9 @@ FIGURE_PROMPTS = 4
 TILE = 96
 """Least side of a picture in a grid, in pixels; small pictures are enlarged without smoothing."""
 
+PATHS = {"x", "x_next", "mean", "log_prob", "one_step", "found"}
+"""Fields of a rollout whose first axis is the step and whose second is the image."""
+
 
 def grid(images: np.ndarray, columns: int = 8) -> Image.Image:
     """Pictures [n,H,W,3] in [0,1] as one sheet."""
@@ -88,23 +91,35 @@ def join(parts: Sequence[Acted]) -> Acted:
     if len(parts) == 1:
         return parts[0]
     along = lambda axis: lambda *leaves: jnp.concatenate(leaves, axis)
-    paths = {"x", "x_next", "mean", "log_prob", "one_step", "found"}
     joined = {
-        name: jax.tree.map(along(1 if name in paths else 0), *(getattr(part, name) for part in parts))
+        name: jax.tree.map(along(int(name in PATHS)), *(getattr(part, name) for part in parts))
         for name in Acted._fields
     }
     return Acted(**joined)
 
 
+def without_padding(acted: Acted, batch: Batch, real: np.ndarray) -> tuple[Acted, Batch]:
+    """Only the groups that were asked for. The update draws its batches from the images, so what fills
+    the mesh must not take a place among them: what is learned does not depend on the mesh."""
+    if real.all():
+        return acted, batch
+    groups = np.flatnonzero(real)
+
+    def rows(axis: int) -> Any:
+        def take(a: Any) -> Any:
+            each = a.shape[axis] // len(real)
+            return jnp.take(a, (groups[:, None] * each + np.arange(each)).ravel(), axis)
+
+        return take
+
+    kept = {name: jax.tree.map(rows(int(name in PATHS)), getattr(acted, name)) for name in Acted._fields}
+    few = jax.tree.map(rows(0), batch._replace(member=batch.prompt_id))
+    return Acted(**kept), few._replace(member=batch.member)
+
+
 def join_batches(batches: Sequence[Batch]) -> Batch:
     """The prompts of several calls as one table."""
-    if len(batches) == 1:
-        return batches[0]
-    first = batches[0]
-    rest = jax.tree.map(
-        lambda *leaves: jnp.concatenate(leaves), *(b._replace(member=b.prompt_id) for b in batches)
-    )
-    return rest._replace(member=first.member)
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *batches)
 
 
 def headline(scalars: dict[str, float]) -> dict[str, Any]:
@@ -140,7 +155,7 @@ def summary(run: Run, state: TrainState, path: Path, epoch: int, resumed: bool) 
     masks = traced.credit_masks(run.config, run.times, epoch, np.ones(config.prompts.groups, bool))
     price = cost.epoch(run.shape, run.recipe, config, masks)
     negatives = "" if config.sampler.guidance == 1 else f", guidance {config.sampler.guidance:g}"
-    known = len(run.prompts.prompts)
+    known = len(set(run.prompts.prompts))
     return [
         ("run", f"{path} ({f'resumed after epoch {epoch}' if resumed else 'fresh'})"),
         ("model", f"{config.model.path}, {count(run.frozen['params']):,} parameters, {config.model.dtype}"),
@@ -170,7 +185,7 @@ def one_step_decodes(run: Run, trainable: Any, texts: Sequence[str]) -> tuple[np
         search=dataclasses.replace(knobs.search, keep_candidates=False),
         execute_search=jnp.asarray(True),
     )
-    batch, _ = assemble.make_batch(run, texts, len(texts), run.reward, run.search_reward)
+    batch, _ = assemble.make_batch(run, texts, len(texts), run.reward, range(len(texts)))
     params = run.rollout_params(trainable)
 
     @jax.jit
@@ -193,7 +208,7 @@ def figure_three(run: Run, folder: RunFolder, trainable: Any) -> None:
     """The paper's Figure 3 for this model, beside the same states with the noise searched."""
     if not searched_steps(run.config):
         return
-    texts = run.eval_prompts[:FIGURE_PROMPTS]
+    texts = [item.text for item in run.eval_items[:FIGURE_PROMPTS]]
     plain, searched = one_step_decodes(run, trainable, texts)
     buffer = io.BytesIO()
     np.savez_compressed(

@@ -25,7 +25,8 @@ from smart_grpo_jax.runtime.progress import Heartbeat, say, table
 def texts(given: str | None, config: Config) -> list[str]:
     """Prompts of the command line (`a|b`, or a file); without them, the first held-out prompts."""
     if given is None:
-        return prompt_data.evaluation_subset(prompt_data.load(config.eval.source), config.log.samples)
+        items = prompt_data.evaluation_items(prompt_data.load(config.eval.source), config.log.samples)
+        return [item.text for item in items]
     if Path(given).is_file():
         return list(prompt_data.load(given).prompts)
     found = [text.strip() for text in given.split("|") if text.strip()]
@@ -40,7 +41,8 @@ def job(
     """Write one PNG per prompt, with its parameters inside, and a contact sheet."""
     wanted = texts(prompts, config)
     config = dataclasses.replace(config, log=dataclasses.replace(config.log, samples=len(wanted)))
-    run = dataclasses.replace(assemble.assemble(config), eval_prompts=wanted)
+    items = [prompt_data.Item(text, wanted[:i].count(text)) for i, text in enumerate(wanted)]
+    run = dataclasses.replace(assemble.assemble(config), eval_items=items)
     state, source = run.state(), "base"
     with Checkpoints(workdir, keep=1, best_of=None, say=say, read_only=True) as checkpoints:
         restored = checkpoints.restore(state, epoch=epoch)

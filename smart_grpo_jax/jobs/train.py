@@ -228,16 +228,17 @@ def act(loop: Loop, programs: Programs) -> tuple[rollout.Acted, credit.Masks, ro
     parts, batches, real = [], [], []
     with loop.watchdog.phase("rollout", loop.epoch), Heartbeat(f"rolling out epoch {loop.epoch + 1}"):
         for call in range(calls):
-            batch, here = assemble.make_batch(
-                run, texts[call * size : (call + 1) * size], size, run.reward, run.search_reward
-            )
+            some = slice(call * size, (call + 1) * size)
+            places = range(len(texts))[some]
+            batch, here = assemble.make_batch(run, texts[some], size, run.reward, places)
             parts.append(programs.act(params, knobs, batch))
             batches.append(batch)
             real.append(here)
-        acted = record.join(parts)
+        joined = record.join(parts), record.join_batches(batches)
+        acted, batch = record.without_padding(*joined, np.concatenate(real))
         jax.block_until_ready(acted.reward)
-    masks = traced.credit_masks(run.config, run.times, loop.epoch, np.concatenate(real))
-    return acted, masks, record.join_batches(batches)
+    masks = traced.credit_masks(run.config, run.times, loop.epoch, np.ones(len(texts), bool))
+    return acted, masks, batch
 
 
 def learn(

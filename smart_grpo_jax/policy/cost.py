@@ -16,7 +16,7 @@ NOTHING = {"velocity": 0, "backward": 0, "decode": 0, "reward": 0, "images": 0}
 
 def calls(guidance: float) -> int:
     """Network calls of one guided velocity."""
-    return 1 if guidance == 1 else 2
+    return 1 if guidance <= 1 else 2
 
 
 def sampling(

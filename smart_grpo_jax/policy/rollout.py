@@ -67,13 +67,14 @@ class Knobs(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The prompts of one rollout: p groups, one row each; `member` is the first member's index."""
+    """The prompts of one rollout: p groups, one row each. `prompt_id` and `member`, the index of the group's
+    first member, say which noise the images get."""
 
     prompt_id: Int[Array, " p"]
     cond: Conditioning
     ctx: PyTree
     search_ctx: PyTree
-    member: Int[Array, ""]
+    member: Int[Array, " p"]
 
 
 class Found(NamedTuple):
@@ -136,7 +137,7 @@ def act(fns: Functions, shape: Shape, params: PyTree, knobs: Knobs, batch: Batch
 def _start(shape: Shape, knobs: Knobs, batch: Batch, row: Array) -> tuple[Array, Array]:
     """Keys of every image and its first latent: functions of seed, epoch, prompt and member only."""
     groups = batch.prompt_id.shape[0]
-    member = batch.member + jnp.tile(jnp.arange(shape.members), groups)
+    member = batch.member[row] + jnp.tile(jnp.arange(shape.members), groups)
 
     def keys(purpose: str, member: Array) -> Array:
         make = lambda prompt, member: rng.key(knobs.seed, purpose, knobs.epoch, prompt, member)

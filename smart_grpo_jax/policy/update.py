@@ -171,10 +171,27 @@ def _split(batch: Experience, chunk: int) -> Experience:
 
 
 def _flatten(batch: Experience) -> Experience:
-    """[samples, states, ...] -> [samples x states, ...] for transitions."""
+    """[samples, states, ...] -> [samples x states, ...] for transitions; nothing in what weighs nothing.
+
+    A latent that diverged to NaN has weight 0, but 0 x NaN in its gradient would spoil its whole batch.
+    """
     if isinstance(batch, Endpoints):
-        return batch
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), batch)
+        kept = batch.weight > 0
+        return batch._replace(x0=_only(kept, batch.x0), advantage=_only(kept, batch.advantage))
+    flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), batch)
+    move = flat.weight > 0
+    state = move.any(1)
+    return flat._replace(
+        x=_only(state, flat.x),
+        mean=_only(state, flat.mean),
+        x_next=_only(move, flat.x_next),
+        log_prob=_only(move, flat.log_prob),
+        advantage=_only(move, flat.advantage),
+    )
+
+
+def _only(kept: Array, a: Array) -> Array:
+    return jnp.where(kept.reshape(*kept.shape, *(1,) * (a.ndim - kept.ndim)), a, 0)
 
 
 def _likelihood_loss(
