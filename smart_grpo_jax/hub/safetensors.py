@@ -117,11 +117,11 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
     for key, tensor in tensors.items():
         if tensor.dtype not in names:
             raise UserError(f"{path.name}: {key!r} has dtype {tensor.dtype}, wanted one of {sorted(DTYPES)}")
-        parts[key] = np.ascontiguousarray(tensor)
+        parts[key] = np.asarray(tensor, order="C")
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(parts, temporary, dict(metadata or {"format": "pt"}))
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise StorageError(f"{path}: could not be written ({error})") from error

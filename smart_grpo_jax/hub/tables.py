@@ -9,6 +9,7 @@ every tensor of the file its leaf.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -143,6 +144,7 @@ PLAIN = (
 )
 
 
+@functools.cache
 def mmdit_shapes(config: MMDiTConfig) -> PyTree:
     """The abstract parameters of the SD3 transformer."""
     p = config.patch_size
@@ -151,12 +153,14 @@ def mmdit_shapes(config: MMDiTConfig) -> PyTree:
     return jax.eval_shape(MMDiT(config).init, jax.random.key(0), *arrays)["params"]
 
 
+@functools.cache
 def vae_shapes(config: VAEConfig) -> PyTree:
     """The abstract parameters of the VAE."""
     image = jax.ShapeDtypeStruct((1, config.factor, config.factor, config.in_channels), jnp.float32)
     return jax.eval_shape(AutoencoderKL(config).init, jax.random.key(0), image)["params"]
 
 
+@functools.cache
 def clip_shapes(config: CLIPConfig) -> PyTree:
     """The abstract parameters of a CLIP text encoder."""
     ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)

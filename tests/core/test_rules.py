@@ -22,7 +22,7 @@ def test_a_leaf_without_a_rule_is_an_error():
 
 
 def test_a_rule_without_a_leaf_is_an_error_that_names_the_nearest_path():
-    with pytest.raises(UserError, match='matches nothing .try "blocks/norm/scale"'):
+    with pytest.raises(UserError, match=r'matches nothing \(try "blocks/norm/scale"'):
         Rules((r".", 1), (r"blocks/norms/scale$", 2)).match(TREE)
 
 

@@ -77,7 +77,7 @@ def test_a_missing_an_unknown_and_a_misshapen_tensor_are_named_with_their_file(n
     key = sorted(tensors)[len(tensors) // 2]
     with pytest.raises(UserError, match=f"some.safetensors.*{key}.*1 missing"):
         tables.to_params(table, config, Reader({k: v for k, v in tensors.items() if k != key}))
-    with pytest.raises(UserError, match="some.safetensors.*'surplus.weight'"):
+    with pytest.raises(UserError, match=r"some.safetensors.*'surplus.weight'"):
         tables.to_params(table, config, Reader(tensors | {"surplus.weight": np.zeros(3)}))
     with pytest.raises(UserError, match=f"some.safetensors.*{key}.*shape"):
         tables.to_params(table, config, Reader(tensors | {key: np.zeros((2, 3, 5))}))

@@ -44,8 +44,10 @@ PADS = {
     "exclamation": {"pad": "!"},
     "rules": {
         "pad": "!",
-        "bos_token": {"__type": "AddedToken", "content": "<|startoftext|>", "normalized": True, "lstrip": False,
-                      "rstrip": False, "single_word": False},
+        "bos_token": {
+            "__type": "AddedToken", "content": "<|startoftext|>", "normalized": True,
+            "lstrip": False, "rstrip": False, "single_word": False,
+        },
     },
 }  # fmt: skip
 

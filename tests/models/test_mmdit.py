@@ -13,23 +13,23 @@ from smart_grpo_jax.models.mmdit import MMDiT, MMDiTConfig, position_table
 CONFIGS = {
     "one_dual_patch_1": dict(
         sample_size=3, patch_size=1, in_channels=5, num_layers=4, attention_head_dim=12,
-        num_attention_heads=3, joint_attention_dim=20, caption_projection_dim=36, pooled_projection_dim=14, out_channels=5,
-        pos_embed_max_size=7, dual_attention_layers=[0], qk_norm="rms_norm",
+        num_attention_heads=3, joint_attention_dim=20, caption_projection_dim=36, pooled_projection_dim=14,
+        out_channels=5, pos_embed_max_size=7, dual_attention_layers=[0], qk_norm="rms_norm",
     ),
     "two_dual_no_joint": dict(
         sample_size=10, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=8,
-        num_attention_heads=2, joint_attention_dim=9, caption_projection_dim=16, pooled_projection_dim=5, out_channels=4,
-        pos_embed_max_size=6, dual_attention_layers=[0, 1], qk_norm="rms_norm",
+        num_attention_heads=2, joint_attention_dim=9, caption_projection_dim=16, pooled_projection_dim=5,
+        out_channels=4, pos_embed_max_size=6, dual_attention_layers=[0, 1], qk_norm="rms_norm",
     ),
     "sd30_without_dual_or_norm": dict(
         sample_size=8, patch_size=2, in_channels=3, num_layers=3, attention_head_dim=20,
-        num_attention_heads=3, joint_attention_dim=11, caption_projection_dim=60, pooled_projection_dim=6, out_channels=None,
-        pos_embed_max_size=5,
+        num_attention_heads=3, joint_attention_dim=11, caption_projection_dim=60, pooled_projection_dim=6,
+        out_channels=None, pos_embed_max_size=5,
     ),
     "single_dual_layer": dict(
         sample_size=4, patch_size=1, in_channels=2, num_layers=1, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=6, caption_projection_dim=16, pooled_projection_dim=7, out_channels=2,
-        pos_embed_max_size=6, dual_attention_layers=[0],
+        joint_attention_dim=6, caption_projection_dim=16, pooled_projection_dim=7,
+        out_channels=2, pos_embed_max_size=6, dual_attention_layers=[0],
     ),
 }  # fmt: skip
 TINY = CONFIGS["one_dual_patch_1"]
