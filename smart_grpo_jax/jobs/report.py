@@ -59,12 +59,20 @@ def page(story: Story) -> str:
 def header(story: Story) -> str:
     """The name of the run, its result in a sentence, what the other judge says, how far it is."""
     second = second_opinion(story)
-    more = f'<p class="second">{html.escape(second)}</p>' if second else ""
+    more = f'<p class="second">{html.escape(unbroken(second))}</p>' if second else ""
     return (
         f'<header><p class="run">{html.escape(story.name)}</p>'
-        f"<h1>{html.escape(result(story))}</h1>{more}"
+        f"<h1>{html.escape(unbroken(result(story)))}</h1>{more}"
         f'<p class="status">{html.escape(status(story))}</p></header>'
     )
+
+
+def unbroken(text: str) -> str:
+    """The sentence with numbers, arrows and `held-out` that no line end tears apart."""
+    text = text.replace("held-out", "held\u2011out")
+    for sign in ("→", "±"):
+        text = text.replace(f" {sign} ", f"\u00a0{sign}\u00a0")
+    return text
 
 
 OPENINGS = {"better": "", "worse": "Worse: ", "open": "No difference shown: "}

@@ -74,10 +74,10 @@ def search_gain(story: Story, step: int) -> tuple[list[float], list[float]]:
 
 def _judges(story: Story) -> list[Line]:
     names = {
-        "eval/shapes": "graded, training judge",
-        "eval/second/graded": "graded, second judge",
-        "eval/shapes/strict": "strict, training judge",
-        "eval/second/strict": "strict, second judge",
+        "eval/shapes": "graded",
+        "eval/second/graded": "graded, 2nd judge",
+        "eval/shapes/strict": "strict",
+        "eval/second/strict": "strict, 2nd judge",
     }
     return [Line(label, *story.series(name), dots=True) for name, label in names.items()]
 
@@ -116,7 +116,8 @@ CURVES: tuple[tuple[str, str, Callable[[Story], list[Line]], str], ...] = (
         "Two judges",
         "score",
         _judges,
-        "The second judge is of another kind and was never trained on: what it sees rise is real.",
+        "The second judge is of another kind and was never trained on: a rise that both share is hardly a "
+        "trick on one of them.",
     ),
     (
         "Hacking meter",

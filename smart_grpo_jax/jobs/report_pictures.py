@@ -53,8 +53,8 @@ def is_right(stored: Stored, index: int) -> bool | None:
 
 
 MARKS = {
-    True: '<span class="right">✓ right</span>',
-    False: '<span class="wrong">✗ wrong</span>',
+    True: '<span class="right" role="img" aria-label="right">✓</span>',
+    False: '<span class="wrong" role="img" aria-label="wrong">✗</span>',
     None: "",
 }
 
@@ -83,7 +83,7 @@ def walk_table(walk: Walk) -> str:
     body = []
     for p, prompt in enumerate(walk.prompts):
         said = html.escape(prompt)
-        body.append(f'<tr><th scope="rowgroup" colspan="{len(walk.times) + 1}">{said}</th></tr>')
+        body.append(f'<tr><th scope="rowgroup" colspan="{len(walk.times) + 1}"><span>{said}</span></th></tr>')
         for label, pictures in (("plain", walk.plain), ("searched", walk.searched)):
             cells = "".join(
                 f"<td>{img(pictures[j, p], f'{prompt}, {label}, t = {float(t):.2f}')}</td>"

@@ -7,7 +7,7 @@ import html
 import math
 from collections.abc import Callable, Sequence
 
-TOP, LEFT, RIGHT, BOTTOM = 10, 52, 16, 40
+TOP, LEFT, RIGHT, BOTTOM = 10, 58, 16, 40
 LEGEND_ROW = 20
 LETTER = 6.4
 """Mean width of a letter at the plot's font size of 12: where a legend breaks its line."""
@@ -64,7 +64,7 @@ def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[
 
 
 def number(value: float, step: float | None = None) -> str:
-    """A value for a reader: 1.2M, 350k, 0.25, 3e-07; `step` gives the decimals of a tick."""
+    """A value for a reader: 1.2M, 350k, 0.25, 3e-7; `step` gives the decimals of a tick."""
     if value == 0 or (step is not None and abs(value) < step / 1e6):
         return "0"
     size = abs(value) if step is None else max(abs(value), 10 * step)
@@ -73,7 +73,7 @@ def number(value: float, step: float | None = None) -> str:
             scale = 1e3 if letter == "k" else unit
             return f"{value / scale:.3g}{letter}"
     if size < 1e-3:
-        return f"{value:.2g}"
+        return f"{value:.2g}".replace("e-0", "e-")
     decimals = 3 if step is None else max(0, -math.floor(math.log10(step) + 1e-9))
     text = f"{value:.{decimals}f}"
     return text if step is not None or float(text) != int(value) else f"{int(value)}"

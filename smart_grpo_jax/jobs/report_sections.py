@@ -81,7 +81,7 @@ def pictures(story: Story) -> str:
         return section("Pictures", _sheets(story))
     count = min(len(base.images), len(tuned.images)) if tuned else len(base.images)
     name = base.strict()
-    marks = f" Marks are the score <code>{html.escape(name)}</code>." if name else ""
+    marks = f" ✓ right, ✗ wrong by <code>{html.escape(name)}</code>." if name else ""
     said = (
         f"The first {count} {prompts_kind(story)}, not a selection. Both pictures of a pair start from the "
         f"same noise; after is epoch {tuned.epoch}, without any search.{marks}"
@@ -243,11 +243,11 @@ def cost(story: Story) -> str:
     ]
     seconds, epochs = story.last("wall/train_seconds"), story.rows[-1]["epoch"] if story.rows else 0
     if seconds is not None:
-        each = f" ({seconds / epochs:.1f} s per epoch)" if epochs else ""
-        rows.append(["training", duration(seconds) + each])
+        rows.append(["time of training", duration(seconds)])
+        rows += [["time of an epoch", duration(seconds / epochs)]] if epochs else []
     evaluating = story.series("wall/eval_seconds")[1]
     if evaluating:
-        rows.append(["evaluating", f"{duration(sum(evaluating))} ({len(evaluating)} times)"])
+        rows.append([f"time of {len(evaluating)} evaluations", duration(sum(evaluating))])
     if not rows:
         return section("Cost", absent("The log holds no counts yet."))
     plot = report_curves.cost(story)
@@ -257,7 +257,7 @@ def cost(story: Story) -> str:
         if plot
         else ""
     )
-    body = f'<div class="plots"><div>{table(["", "so far"], rows, "Cost of the run")}</div>{figure}</div>'
+    body = f'<div class="plots"><div>{table(["what", "so far"], rows, "Cost of the run")}</div>{figure}</div>'
     return section("Cost", lead("Evaluation is not counted in the calls."), body)
 
 
@@ -319,4 +319,4 @@ def _environment(env: dict[str, Any]) -> str:
         "git": env.get("git"),
     }
     rows = [[html.escape(str(k)), f"<code>{html.escape(str(v))}</code>"] for k, v in found.items() if v]
-    return table(["", "version"], rows, "Versions and machine", [False] * len(rows))
+    return table(["part", "value"], rows, "Versions and machine", [False] * len(rows))

@@ -57,7 +57,8 @@ p { margin:0 0 14px; max-width:72ch; } p:last-child { margin-bottom:0; }
 .shots figure { position:relative; margin:0; }
 img { display:block; width:100%; height:auto; border-radius:5px; background:var(--hair); }
 img.pixels { image-rendering:pixelated; }
-.shots figcaption { display:flex; justify-content:space-between; font-size:12px; padding-top:3px; }
+.shots figcaption { display:flex; justify-content:space-between; font-size:12px; padding:3px 2px 0; }
+.shots .right, .shots .wrong { font-size:15px; line-height:1; }
 .right { color:var(--good); font-weight:700; } .wrong { color:var(--bad); font-weight:700; }
 .prompt { margin:3px 0 0; font-size:14px; line-height:1.35; overflow-wrap:anywhere; }
 .score { margin:1px 0 0; font-size:13px; color:var(--soft); font-variant-numeric:tabular-nums; }
@@ -77,14 +78,19 @@ pre { margin:0; overflow-x:auto; padding:12px 14px; background:var(--bg); border
 .plots { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(320px,100%),1fr)); gap:26px 24px; }
 .plots figure { margin:0; min-width:0; } .plots h3 { margin:0 0 2px; }
 .plot { display:block; width:100%; height:auto; margin-top:6px; }
+.plots .plot { max-width:460px; } .plots > * { min-width:0; }
 .hero { margin:0 0 26px; } .hero h3 { margin-top:14px; margin-bottom:2px; } .hero .narrow { display:none; }
-.walk { width:auto; } .walk img { width:56px; border-radius:3px; }
+.walk { width:auto; } .walk img { width:clamp(56px,6.6vw,84px); border-radius:3px; }
+.walk tbody th[scope=row] { position:sticky; left:-4px; padding:3px 8px 3px 4px; background:var(--card); }
+.walk th span { position:sticky; left:0; display:inline-block; max-width:calc(100vw - 70px); }
 .walk th, .walk td { padding:3px 4px 3px 0; border:0; vertical-align:middle; font-size:12px; }
 .walk tbody th[colspan] { padding-top:12px; font-size:14px; white-space:normal; }
 details { margin-top:16px; } summary { cursor:pointer; color:var(--accent); font-size:14px; padding:4px 0; }
 .sheets { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(320px,100%),1fr)); gap:16px; }
 .sheets figure { margin:0; }
 @media (max-width:640px) { main { padding:24px 12px 48px; } section { padding:18px 14px 20px; }
+  table { font-size:13px; } th, td { padding-right:8px; } th { white-space:normal; }
+  td.n, th.n { padding-left:8px; }
   .hero .wide { display:none; } .hero .narrow { display:block; } }
 @media print { body { background:#fff; } section { break-inside:avoid; } }
 """

@@ -322,7 +322,7 @@ def test_ticks_are_few_and_enclose_the_data(low, high):
 
 def test_numbers_are_short():
     said = [report_plot.number(v) for v in (0, 3, 0.25, 1_200_000, 350_000, 3.1e-7, -0.5)]
-    assert said == ["0", "3", "0.250", "1.2M", "350k", "3.1e-07", "-0.500"]
+    assert said == ["0", "3", "0.250", "1.2M", "350k", "3.1e-7", "-0.500"]
     assert [report_plot.number(v, 500_000) for v in (0, 500_000, 2e6)] == ["0", "0.5M", "2M"]
 
 
