@@ -90,7 +90,7 @@ details { margin-top:16px; } summary { cursor:pointer; color:var(--accent); font
 .sheets figure { margin:0; }
 @media (max-width:640px) { main { padding:24px 12px 48px; } section { padding:18px 14px 20px; }
   table { font-size:13px; } th, td { padding-right:8px; } th { white-space:normal; }
-  td.n, th.n { padding-left:8px; }
+  td.n, th.n { padding-left:8px; } th.n { white-space:normal; }
   .hero .wide { display:none; } .hero .narrow { display:block; } }
 @media print { body { background:#fff; } section { break-inside:avoid; } }
 """
