@@ -53,7 +53,7 @@ class Story:
     config: dict[str, Any]
     command: str
     env: dict[str, Any]
-    rows: list[Row]
+    rows: Sequence[Row]
     evaluations: list[Stored]
     walk: Walk | None
     samples: list[tuple[int, bytes]]
