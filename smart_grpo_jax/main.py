@@ -70,17 +70,18 @@ def load_config(flags: Flags) -> Config:
 
 def run_file(path: str) -> ConfigDict:
     """The ConfigDict that a config file makes; whatever goes wrong in it is one line."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         near = nearest(path, [str(p) for p in Path("configs").glob("*.py")] or ["configs/shapes.py"])
         raise UserError(f"--config: no file {path} ({near})")
     try:
-        values = runpy.run_path(path)["get_config"]()
+        names = runpy.run_path(path)
+        values = names["get_config"]() if "get_config" in names else None
     except UserError:
         raise
-    except KeyError as error:
-        raise UserError(f"--config: {path} has no function get_config() ({error})") from None
     except Exception as error:
         raise UserError(f"--config: {path} failed: {type(error).__name__}: {error}") from None
+    if "get_config" not in names:
+        raise UserError(f"--config: {path} has no function get_config()")
     if not isinstance(values, ConfigDict):
         raise UserError(f"--config: {path} get_config() gave {type(values).__name__}, wanted a ConfigDict")
     return values

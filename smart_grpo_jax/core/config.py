@@ -54,8 +54,8 @@ class Window:
 
     kind: str = option("all", "choice of steps", choices=("all", "fraction", "fixed", "random", "sliding"))
     fraction: float = option(1.0, "fraction: first part of the steps", above=0, high=1)
-    start: int = option(0, "fixed, random, sliding: first step", low=0)
-    stop: int = option(0, "random, sliding: end of the range (0: all but the last)", low=0)
+    start: int = option(0, "fixed, random: first step", low=0)
+    stop: int = option(0, "random: end of the range (0: all but the last)", low=0)
     size: int = option(3, "fixed, random, sliding: steps in the window", low=1)
     stride: int = option(1, "sliding: steps to advance", low=1)
     every: int = option(25, "sliding: epochs between advances", low=1)
@@ -66,7 +66,7 @@ class Window:
 class Sampler:
     """How a latent is drawn."""
 
-    steps: int = option(10, "denoising steps of a rollout", low=1, high=1000)
+    steps: int = option(10, "denoising steps of a rollout", low=2, high=1000)
     eval_steps: int = option(40, "ODE steps of an evaluation", low=1, high=1000)
     guidance: float = option(4.5, "classifier-free guidance of the policy; 1 is off", low=0)
     eval_guidance: float = option(4.5, "guidance of an evaluation", low=0)
@@ -90,7 +90,7 @@ class Search:
     noise_norm: str = option(
         "none", "rms rescales the returned noise to unit length", choices=("none", "rms")
     )
-    sigma_floor: float = option(0.0, "least std of the search law", low=0)
+    sigma_floor: float = option(0.0, "least std of the search law", low=0, high=1)
     smoothing: float = option(1.0, "weight of the new mean and std (1: paper)", above=0, high=1)
     steps: str | tuple[int, ...] = option(
         "late", "searched steps: late, early, all, none, or a list of indices"

@@ -26,7 +26,22 @@ def _bad_steps(c: Any) -> bool:
     )
 
 
+def _searched(c: Any) -> bool:
+    return c.search.rounds > 0 and c.search.steps != "none" and c.search.members > 0
+
+
+def searched_members(c: Any) -> int:
+    """How many members of each group are searched."""
+    return round(c.search.members * c.prompts.members)
+
+
+def _weightless(rewards: Any) -> bool:
+    return all(weight_of(v) == 0 for v in rewards.values())
+
+
 _LIKELIHOOD = ("ppo", "guard")
+MOVING = ("random", "sliding")
+"""Windows whose steps change from epoch to epoch."""
 
 RULES: tuple[tuple[Any, str], ...] = (
     (
@@ -44,8 +59,48 @@ RULES: tuple[tuple[Any, str], ...] = (
         "sampler.steps = {c.sampler.steps}",
     ),
     (
-        lambda c: c.search.credit == "split" and not 0 < c.search.members < 1,
-        "search.members: got {c.search.members:g}, wanted between 0 and 1 with search.credit = split",
+        lambda c: (
+            c.search.credit == "split" and _searched(c) and searched_members(c) in (0, c.prompts.members)
+        ),
+        "search.members: got {c.search.members:g} of {c.prompts.members} members, wanted some searched and "
+        "some not with search.credit = split",
+    ),
+    (
+        lambda c: _searched(c) and searched_members(c) == 0,
+        "search.members: got {c.search.members:g} of {c.prompts.members} members, wanted at least one member "
+        "(or search.rounds = 0)",
+    ),
+    (
+        lambda c: _searched(c) and c.sampler.transition == "ode",
+        "sampler.transition: got ode, which has no noise to search; wanted flow, dance or cps, or "
+        "search.rounds = 0",
+    ),
+    (
+        lambda c: _searched(c) and c.sampler.noise_level == 0,
+        "sampler.noise_level: got 0, which leaves no noise to search; wanted > 0, or search.rounds = 0",
+    ),
+    (
+        lambda c: c.search.credit == "local" and _searched(c) and c.sampler.window.kind in MOVING,
+        "sampler.window.kind: got {c.sampler.window.kind}, wanted all, fraction or fixed with "
+        "search.credit = local",
+    ),
+    (
+        lambda c: c.search.credit != "none" and c.train.adv_combine == "normalise",
+        "train.adv_combine: got normalise, wanted sum with search.credit = {c.search.credit}",
+    ),
+    (
+        lambda c: c.eval.search and not _searched(c),
+        "eval.search: got true, wanted false where nothing is searched (search.rounds = {c.search.rounds}, "
+        "search.steps = {c.search.steps})",
+    ),
+    (
+        lambda c: (
+            c.eval.search
+            and not isinstance(c.search.steps, str)
+            and any(s >= c.sampler.eval_steps for s in c.search.steps)
+        ),
+        "search.steps: got {c.search.steps!r}, wanted indices below sampler.eval_steps = "
+        "{c.sampler.eval_steps} with eval.search",
     ),
     (
         lambda c: c.search.credit == "local" and (c.search.rounds < 1 or c.search.candidates < 2),
@@ -73,25 +128,37 @@ RULES: tuple[tuple[Any, str], ...] = (
         "sampler.noise_level: got 0, wanted > 0 with train.loss = {c.train.loss}",
     ),
     (
-        lambda c: (
-            c.sampler.window.kind in ("fixed", "random", "sliding") and _window_end(c) > c.sampler.steps
-        ),
+        lambda c: c.sampler.transition == "cps" and c.sampler.noise_level > 1,
+        "sampler.noise_level: got {c.sampler.noise_level:g}, wanted ≤ 1 with sampler.transition = cps",
+    ),
+    (
+        lambda c: c.sampler.window.kind == "fixed" and _window_end(c) > c.sampler.steps,
         "sampler.window.size: got start {c.sampler.window.start} + size {c.sampler.window.size}, wanted ≤ "
         "sampler.steps = {c.sampler.steps}",
+    ),
+    (
+        lambda c: (
+            c.sampler.window.kind in MOVING
+            and c.sampler.window.stop == 0
+            and _window_end(c) > c.sampler.steps - 1
+        ),
+        "sampler.window.size: got start {c.sampler.window.start} + size {c.sampler.window.size}, wanted ≤ "
+        "sampler.steps - 1 = {c.sampler.steps} - 1",
+    ),
+    (
+        lambda c: (
+            c.sampler.window.kind == "sliding" and (c.sampler.window.start, c.sampler.window.stop) != (0, 0)
+        ),
+        "sampler.window.start: got {c.sampler.window.start} to {c.sampler.window.stop}, wanted 0 to 0 with "
+        "sampler.window.kind = sliding",
     ),
     (
         lambda c: c.sampler.window.stop > c.sampler.steps,
         "sampler.window.stop: got {c.sampler.window.stop}, wanted ≤ sampler.steps = {c.sampler.steps}",
     ),
     (
-        lambda c: (
-            0 < c.sampler.window.stop < _window_end(c) and c.sampler.window.kind in ("random", "sliding")
-        ),
+        lambda c: 0 < c.sampler.window.stop < _window_end(c) and c.sampler.window.kind in MOVING,
         "sampler.window.stop: got {c.sampler.window.stop}, wanted ≥ start + size",
-    ),
-    (
-        lambda c: c.sampler.steps < 2 and c.train.epochs > 0 and c.train.loss in _LIKELIHOOD,
-        "sampler.steps: got {c.sampler.steps}, wanted ≥ 2 to train on",
     ),
     (
         lambda c: (c.prompts.groups * c.prompts.members) % c.train.updates_per_epoch != 0,
@@ -103,8 +170,12 @@ RULES: tuple[tuple[Any, str], ...] = (
         "memory.rollout: got {c.memory.rollout}, wanted a divisor of prompts.groups = {c.prompts.groups}",
     ),
     (
-        lambda c: not c.rewards or all(weight_of(v) == 0 for v in c.rewards.values()),
+        lambda c: _weightless(c.rewards),
         "rewards: got no reward with a weight, wanted at least one",
+    ),
+    (
+        lambda c: c.search_reward and _weightless(c.search_reward),
+        "search_reward: got no reward with a weight, wanted at least one, or an empty table",
     ),
     (
         lambda c: c.model.path == "shapes" and c.model.resolution not in (0, 24),

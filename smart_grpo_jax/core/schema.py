@@ -69,9 +69,14 @@ def override(root: type, values: ConfigDict, name: str, text: str) -> None:
     for i, part in enumerate(parts):
         fields = {f.name: f for f in dataclasses.fields(cls)}
         here = ".".join(parts[: i + 1])
+        if not isinstance(node, (Mapping, ConfigDict)):
+            raise UserError(f"{'.'.join(parts[:i])}: got {node!r}, wanted a section with fields")
         if part not in fields:
             raise UserError(f"{here}: no such field ({nearest(part, fields)})")
         kind = _types(cls)[part]
+        if part not in node and (dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict):
+            with node.unlocked():  # a config file may leave whole sections to their defaults
+                node[part] = ConfigDict(type_safe=False)
         if dataclasses.is_dataclass(kind) and i + 1 < len(parts):
             cls, node = typing.cast(type, kind), node[part]
             continue
@@ -94,6 +99,8 @@ def _override_table(node: Any, part: str, rest: list[str], text: str, here: str)
         value: Any = float(text)
     except ValueError:
         value = text
+    if not isinstance(node[part], (Mapping, ConfigDict)):
+        raise UserError(f"{here}: got {node[part]!r}, wanted a table name = weight")
     table = dict(node[part])
     if len(rest) == 1:
         table[rest[0]] = value

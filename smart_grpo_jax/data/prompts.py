@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -63,7 +64,7 @@ def check(source: str, field: str = "prompts.source") -> None:
     elif kind == "tfds":
         if rest.count(":") != 2:
             raise UserError(f'{field}: got "{source}", wanted tfds:NAME:SPLIT:FIELD')
-    elif not Path(source).is_file():
+    elif not os.path.isfile(source):
         raise UserError(f'{field}: got "{source}", wanted shapes:SPLIT, tfds:NAME:SPLIT:FIELD or a file')
 
 

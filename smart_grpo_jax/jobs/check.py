@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from smart_grpo_jax.core.config import Config
@@ -13,7 +14,7 @@ from smart_grpo_jax.rewards import base
 def check(config: Config) -> None:
     """One UserError for a model, prompts or rewards that do not exist."""
     path = config.model.path
-    if path != "shapes" and not (Path(path) / "model_index.json").is_file():
+    if path != "shapes" and not os.path.isfile(Path(path) / "model_index.json"):
         raise UserError(f'model.path: got "{path}", wanted "shapes" or a folder with a model_index.json')
     prompts.check(config.prompts.source)
     prompts.check(config.eval.source, "eval.source")

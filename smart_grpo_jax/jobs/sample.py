@@ -7,6 +7,7 @@ is searched while sampling, and the sheet shows plain and searched pictures one 
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ def texts(given: str | None, config: Config) -> list[str]:
     if given is None:
         items = prompt_data.evaluation_items(prompt_data.load(config.eval.source), config.log.samples)
         return [item.text for item in items]
-    if Path(given).is_file():
+    if os.path.isfile(given):
         return list(prompt_data.load(given).prompts)
     found = [text.strip() for text in given.split("|") if text.strip()]
     if not found:

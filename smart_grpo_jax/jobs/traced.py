@@ -43,6 +43,8 @@ def epoch_window(config: Config, epoch: int) -> window.Window:
 def search_settings(config: Config) -> search.Settings:
     """The options of the search, static and traced."""
     s = config.search
+    # A search that is never taken may have one elite; the floor is data and keeps the program the same.
+    floor = s.sigma_floor if s.rounds else 1.0
     return search.settings(
         rounds=s.rounds or DEFAULT_ROUNDS,
         candidates=s.candidates,
@@ -50,7 +52,7 @@ def search_settings(config: Config) -> search.Settings:
         returns=s.returns,
         select=s.select,
         noise_norm=s.noise_norm,
-        sigma_floor=s.sigma_floor,
+        sigma_floor=floor,
         smoothing=s.smoothing,
         keep_candidates=s.credit == "local" and searched_steps(config),
     )
