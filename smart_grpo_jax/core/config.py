@@ -204,7 +204,7 @@ class Pretrain:
     images: int = option(49152, "scenes rendered for the flow model", low=64)
     vae_steps: int = option(1400, "optimizer steps of the autoencoder", low=1)
     decoder_steps: int = option(2500, "optimizer steps of the decoder alone", low=1)
-    flow_steps: int = option(7000, "optimizer steps of the flow model per cycle", low=1)
+    flow_steps: tuple[int, ...] = option((7000, 6500), "optimizer steps of the flow model, per cosine cycle")
     batch: int = option(64, "images per step", low=1)
     caption_noise: tuple[float, ...] = option(
         (0.3, 0.1), "share of wrong captions, the head-room of RL: one cosine cycle of the flow model each"

@@ -45,6 +45,10 @@ MOVING = ("random", "sliding")
 
 RULES: tuple[tuple[Any, str], ...] = (
     (
+        lambda c: len(c.pretrain.flow_steps) != len(c.pretrain.caption_noise),
+        "pretrain.flow_steps: got {c.pretrain.flow_steps}, wanted one number per pretrain.caption_noise",
+    ),
+    (
         lambda c: c.search.rounds > 0 and elite_count(c.search) < 1,
         "search.elite: got {c.search.elite:g}, wanted elite × candidates ≥ 1 (K = {c.search.candidates})",
     ),

@@ -217,11 +217,11 @@ def train_flow(
         return ((v - (x1 - x0)) ** 2).mean()
 
     trained = Trained(fresh_flow(parts, key, data.latents.shape[1:], text), 0.0)
-    noises = settings.pretrain.caption_noise
-    for cycle, caption_noise in enumerate(noises):
-        draws, steps = jax.random.fold_in(key, 3 + cycle), settings.pretrain.flow_steps
+    plan = list(zip(settings.pretrain.flow_steps, settings.pretrain.caption_noise, strict=True))
+    for cycle, (steps, caption_noise) in enumerate(plan):
+        draws = jax.random.fold_in(key, 3 + cycle)
         loss = partial(loss_fn, caption_noise=caption_noise)
-        name = f"flow model {cycle + 1}/{len(noises)}"
+        name = f"flow model {cycle + 1}/{len(plan)}"
         trained = fit(loss, trained.params, draws, steps, 2e-3, name, watch=watch)
     return trained
 
@@ -250,7 +250,7 @@ def job(config: Config, out: str) -> None:
     show(folder)
 
 
-def show(folder: Path) -> None:
+def show(folder: str | Path) -> None:
     """The checks: what the autoencoder costs, and accuracy by guidance, steps and task."""
     pipe = hub.load_pipeline(folder)
     key = jax.random.key(7)
