@@ -84,6 +84,14 @@ RULES: tuple[tuple[Any, str], ...] = (
         "sampler.noise_level: got 0, which leaves no noise to search; wanted > 0, or search.rounds = 0",
     ),
     (
+        lambda c: c.search.execute == "random" and c.search.credit in ("offset", "split") and _searched(c),
+        "search.execute: got random, wanted search with search.credit = {c.search.credit}",
+    ),
+    (
+        lambda c: c.train.loss == "guard" and c.train.log_prob != "gaussian",
+        "train.log_prob: got {c.train.log_prob}, wanted gaussian with train.loss = guard",
+    ),
+    (
         lambda c: c.search.credit == "local" and _searched(c) and c.sampler.window.kind in MOVING,
         "sampler.window.kind: got {c.sampler.window.kind}, wanted all, fraction or fixed with "
         "search.credit = local",

@@ -7,6 +7,7 @@ makes a checked instance from a nested dict, `override` applies one command-line
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import types
@@ -95,10 +96,9 @@ def _override_table(node: Any, part: str, rest: list[str], text: str, here: str)
     """`--config.rewards.NAME=weight`, or `--config.rewards.NAME.option=value`."""
     if not rest:
         raise UserError(f"{here}: is a table, wanted {here}.NAME=WEIGHT")
-    try:
-        value: Any = float(text)
-    except ValueError:
-        value = text
+    value: Any = {"true": True, "false": False}.get(text.lower(), text)
+    with contextlib.suppress(ValueError):
+        value = float(text)
     if not isinstance(node[part], (Mapping, ConfigDict)):
         raise UserError(f"{here}: got {node[part]!r}, wanted a table name = weight")
     table = dict(node[part])

@@ -188,7 +188,9 @@ def rule(config: Config) -> credit.Rule:
     t = config.train
     weights = {name: mixture.weight_of(entry) for name, entry in config.rewards.items()}
     return credit.Rule(
-        kind=config.search.credit if searched_steps(config) else "none",
+        kind=config.search.credit
+        if searched_steps(config) or config.search.credit == "difference"
+        else "none",
         scope=t.adv_scope,
         clip=t.adv_clip,
         combine=t.adv_combine,
@@ -217,7 +219,7 @@ def rollout_shape(config: Config, pipe: hub.Pipeline, times: np.ndarray) -> roll
         space=s.space,
         searched_members=round(s.members * config.prompts.members),
         chunk=s.chunk,
-        one_step_rewards=s.credit == "difference" and searched_steps(config),
+        one_step_rewards=s.credit == "difference",
         decode_chunk=config.memory.decode,
         reward_chunk=config.memory.reward,
         same_latent=config.prompts.same_latent,

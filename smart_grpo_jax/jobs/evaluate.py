@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from smart_grpo_jax.core.config import Config
+from smart_grpo_jax.core.errors import UserError
 from smart_grpo_jax.core.types import PyTree, TrainState
 from smart_grpo_jax.data import prompts as prompt_data
 from smart_grpo_jax.hub import pipeline as hub
@@ -92,7 +93,10 @@ def _second_opinion(
     """The held-out judge of the embedded world, in numpy; never trained on."""
     if not config.eval.source.startswith("shapes:"):
         return {}
-    spec = np.repeat(grammar.encode(list(texts)), members, axis=0)
+    try:
+        spec = np.repeat(grammar.encode(list(texts)), members, axis=0)
+    except UserError:  # a prompt of the user's own, outside the grammar
+        return {}
     graded, strict = second_judge(images, spec)
     return {"second/graded": np.asarray(graded), "second/strict": np.asarray(strict)}
 
@@ -172,4 +176,4 @@ def job(config: Config, workdir: str, epoch: int | None = None) -> None:
         weights = evaluated_weights(config, restored.state if restored is not None else state)
         with Heartbeat("evaluating"):
             other = evaluator(run)(weights)
-    print_comparison(comparison(base.scores, other.scores), len(base.prompts), labels)
+    print_comparison(comparison(base.scores, other.scores, base.prompts), len(base.prompts), labels)

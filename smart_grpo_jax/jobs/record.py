@@ -113,8 +113,7 @@ def without_padding(acted: Acted, batch: Batch, real: np.ndarray) -> tuple[Acted
         return take
 
     kept = {name: jax.tree.map(rows(int(name in PATHS)), getattr(acted, name)) for name in Acted._fields}
-    few = jax.tree.map(rows(0), batch._replace(member=batch.prompt_id))
-    return Acted(**kept), few._replace(member=batch.member)
+    return Acted(**kept), jax.tree.map(rows(0), batch)
 
 
 def join_batches(batches: Sequence[Batch]) -> Batch:
@@ -210,6 +209,8 @@ def figure_three(run: Run, folder: RunFolder, trainable: Any) -> None:
         return
     texts = [item.text for item in run.eval_items[:FIGURE_PROMPTS]]
     plain, searched = one_step_decodes(run, trainable, texts)
+    if not distributed.is_main():
+        return
     buffer = io.BytesIO()
     np.savez_compressed(
         buffer, times=run.times[:-1], prompts=np.asarray(texts), plain=plain, searched=searched
@@ -219,13 +220,13 @@ def figure_three(run: Run, folder: RunFolder, trainable: Any) -> None:
 
 def finish(run: Run, folder: RunFolder, state: TrainState, state_hash: str) -> None:
     """The final table, and the page to look at."""
+    figure_three(run, folder, evaluate.evaluated_weights(run.config, state))
     if not distributed.is_main():
         return
-    figure_three(run, folder, evaluate.evaluated_weights(run.config, state))
     last = run.config.train.epochs
     base = load_evaluation(folder.file("eval") / "0.npz")
     tuned = load_evaluation(folder.file("eval") / f"{last}.npz")
-    rows = comparison(base.scores, tuned.scores)
+    rows = comparison(base.scores, tuned.scores, base.prompts)
     evaluate.print_comparison(rows, len(base.prompts), ("base", "tuned"))
     page = report.write(folder.path)
     say(f"state {state_hash[:16]} | look at {page}")

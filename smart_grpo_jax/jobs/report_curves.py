@@ -39,7 +39,9 @@ def _band(story: Story, x: Sequence[float], y: Sequence[float]) -> tuple[list[fl
             and "reward" in e.scores
             and "reward" in base.scores
         ):
-            half[float(e.epoch)] = statistics.interval(e.scores["reward"] - base.scores["reward"])[1]
+            half[float(e.epoch)] = statistics.interval(
+                e.scores["reward"] - base.scores["reward"], base.prompts
+            )[1]
     if not half or not all(np.isfinite(h) for h in half.values()):
         return None
     width = [half.get(epoch, 0.0) for epoch in x]

@@ -80,7 +80,7 @@ class Story:
     def comparison(self) -> list[dict[str, float | str]]:
         """The paired table of base and tuned; no rows while one of them is missing."""
         pair = self.pair()
-        return statistics.comparison(pair[0].scores, pair[1].scores) if pair else []
+        return statistics.comparison(pair[0].scores, pair[1].scores, pair[0].prompts) if pair else []
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
         """Epochs and values of one logged name, where it is a number."""

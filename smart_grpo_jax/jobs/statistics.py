@@ -28,19 +28,27 @@ class Change(NamedTuple):
     words: str
 
 
-def interval(difference: np.ndarray) -> tuple[float, float]:
-    """Mean paired difference over prompts and the half-width of its 95 % interval (normal theory).
+def interval(difference: np.ndarray, prompts: Sequence[str] | None = None) -> tuple[float, float]:
+    """Mean paired difference and the half-width of its 95 % interval (normal theory).
 
-        d_p = mean over seeds,   mean_p d_p ± 1.96 std_p(d_p) / √M
+        d_p = mean over seeds,   mean_p d_p ± 1.96 √( c/(c-1) Σ_text (Σ_{p of text} (d_p - mean))² ) / n
 
     `difference[prompt, seed]`; NaN marks a failed score, and a prompt without any score does not count.
+    A prompt that stands in the set several times is one of c clusters: its repeats are not independent.
     """
     per_prompt = per_prompt_mean(difference)
-    per_prompt = per_prompt[np.isfinite(per_prompt)]
+    kept = np.isfinite(per_prompt)
+    texts = (
+        np.arange(len(kept)) if prompts is None else np.unique(np.asarray(prompts), return_inverse=True)[1]
+    )
+    per_prompt, texts = per_prompt[kept], np.unique(texts[kept], return_inverse=True)[1]
     if len(per_prompt) == 0:
         return float("nan"), float("inf")
-    error = per_prompt.std(ddof=1) / np.sqrt(len(per_prompt)) if len(per_prompt) > 1 else np.inf
-    return float(per_prompt.mean()), float(NORMAL_95 * error)
+    clusters = np.bincount(texts, per_prompt - per_prompt.mean())
+    if len(clusters) == 1:
+        return float(per_prompt.mean()), float("inf")
+    spread = np.sqrt(len(clusters) / (len(clusters) - 1) * (clusters**2).sum())
+    return float(per_prompt.mean()), float(NORMAL_95 * spread / len(per_prompt))
 
 
 def per_prompt_mean(values: np.ndarray) -> np.ndarray:
@@ -80,7 +88,7 @@ def _equal(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def comparison(
-    base: Mapping[str, np.ndarray], tuned: Mapping[str, np.ndarray]
+    base: Mapping[str, np.ndarray], tuned: Mapping[str, np.ndarray], prompts: Sequence[str] | None = None
 ) -> list[dict[str, float | str]]:
     """One row per score that both have: label, name, base, tuned, paired difference and its half-width.
 
@@ -90,7 +98,7 @@ def comparison(
     for name in distinct({n: np.stack([base[n], tuned[n]]) for n in base if n in tuned}):
         both = np.isfinite(base[name]) & np.isfinite(tuned[name])
         before, after = (np.where(both, scores[name], np.nan) for scores in (base, tuned))
-        difference, half = interval(after - before)
+        difference, half = interval(after - before, prompts)
         rows.append(
             {
                 "score": HEADLINE.get(name, name),

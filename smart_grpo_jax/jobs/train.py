@@ -24,7 +24,7 @@ from smart_grpo_jax.data import prompts as prompt_data
 from smart_grpo_jax.jobs import assemble, evaluate, record, traced
 from smart_grpo_jax.jobs.assemble import Run
 from smart_grpo_jax.policy import cost, credit, rollout, update
-from smart_grpo_jax.runtime import manifest
+from smart_grpo_jax.runtime import distributed, manifest
 from smart_grpo_jax.runtime.checkpoint import Checkpoints
 from smart_grpo_jax.runtime.compile_cache import CompileCount
 from smart_grpo_jax.runtime.metrics import MetricLog
@@ -185,8 +185,7 @@ def finished(loop: Loop) -> bool:
     """Whether the last epoch is done; a signal that came while it was told ends the run here."""
     if loop.epoch >= loop.config.train.epochs:
         return True
-    if loop.stop.requested:
-        stop_here(loop, logged=True)
+    stop_here(loop, logged=True)
     return False
 
 
@@ -206,7 +205,7 @@ def save(loop: Loop, logged: bool) -> None:
 
 def stop_here(loop: Loop, logged: bool | None = None) -> None:
     """If a signal came: save the last finished epoch and leave."""
-    if not loop.stop.requested:
+    if not distributed.any_process(loop.stop.requested is not None):
         return
     if logged is None:
         lines = loop.log.state_lines()

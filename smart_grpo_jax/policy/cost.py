@@ -6,7 +6,6 @@ from __future__ import annotations
 import numpy as np
 
 from smart_grpo_jax.core.config import Config
-from smart_grpo_jax.maths import search
 from smart_grpo_jax.policy.credit import Masks
 from smart_grpo_jax.policy.rollout import Shape
 from smart_grpo_jax.policy.update import Recipe
@@ -19,15 +18,13 @@ def calls(guidance: float) -> int:
     return 1 if guidance <= 1 else 2
 
 
-def sampling(
-    shape: Shape, settings: search.Settings, config: Config, groups: int, searched: int
-) -> dict[str, int]:
+def sampling(shape: Shape, config: Config, groups: int, searched: int) -> dict[str, int]:
     """One rollout of `groups` real groups in which `searched` steps are searched."""
     guided = calls(config.sampler.guidance)
     inside = calls(config.search.guidance) if config.search.guidance >= 0 else guided
     images = groups * shape.members
     early = shape.stop < shape.steps or shape.one_step_rewards
-    tried = groups * shape.searched_members * searched * settings.rounds * settings.candidates
+    tried = groups * shape.searched_members * searched * config.search.rounds * config.search.candidates
     judged = images * (1 + shape.stop * shape.one_step_rewards)
     return {
         "velocity": images * (shape.stop + early) * guided + tried * inside,
@@ -53,8 +50,7 @@ def epoch(shape: Shape, recipe: Recipe, config: Config, masks: Masks) -> dict[st
     """One epoch of training."""
     groups = int(np.sum(np.asarray(masks.real)))
     searched = int(np.sum(np.asarray(masks.searched)))
-    settings = search.settings(max(config.search.rounds, 1), config.search.candidates, 1.0)
-    act = sampling(shape, settings, config, groups, searched)
+    act = sampling(shape, config, groups, searched)
     return add(act, learning(recipe, config, groups, len(masks.trained)))
 
 

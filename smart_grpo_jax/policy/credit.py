@@ -129,10 +129,14 @@ def summary(rule: Rule, shape: Shape, acted: Acted, masks: Masks) -> dict[str, A
     }
     out |= {f"train/{name}": mean(value) for name, value in acted.parts.items()}
     if acted.found is not None:
-        rewards = jnp.where(jnp.isfinite(acted.found.rewards), acted.found.rewards, 0.0)
+        valid = jnp.isfinite(acted.found.rewards)
+        rewards = jnp.where(valid, acted.found.rewards, 0.0)
         member = jnp.repeat(masks.real, shape.searched_members).astype(jnp.float32)
-        per_round = (rewards.mean(-1) * member[:, None]).sum(1) / jnp.maximum(member.sum(), 1)
-        best = (rewards.max((-1, -2)) * member).sum(-1) / jnp.maximum(member.sum(), 1)
+        per_round = (rewards.sum(-1) / jnp.maximum(valid.sum(-1), 1) * member[:, None]).sum(1)
+        per_round = per_round / jnp.maximum(member.sum(), 1)
+        best = (jnp.where(valid, rewards, -jnp.inf).max((-1, -2)) * member).sum(-1) / jnp.maximum(
+            member.sum(), 1
+        )
         searched = masks.searched[: shape.stop]
         for j in range(shape.stop):
             out[f"search/step_{j}/first"] = jnp.where(searched[j], per_round[j, 0], jnp.nan)

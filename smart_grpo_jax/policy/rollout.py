@@ -3,7 +3,7 @@
 One jitted program serves Flow-GRPO, every variant of the search with the same shapes, and ODE sampling:
 which steps are noisy or searched, the noise level and what the search returns are traced values.
 The velocity network, the decoder and the reward are arguments, so this file knows no model.
-See docs/algorithm.md, sections 2 to 4.
+See docs/algorithm.md, sections 1, 2 and 5.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 `learn` is one jitted program: passes over the images of an epoch, optimizer steps per pass, gradient
 calls per optimizer step, all as scans. What a loss needs of one gradient call is one function in
 `LOSSES`; everything else (batching, accumulation, clipping, guards against non-finite numbers, EMA) is
-shared. See docs/algorithm.md, sections 5 and 6.
+shared. See docs/algorithm.md, sections 3 and 4.
 """
 
 from __future__ import annotations
@@ -67,6 +67,13 @@ class Knobs(NamedTuple):
     clip: Float[Array, ""]
     kl_weight: Float[Array, ""]
     ema_decay: Float[Array, ""]
+
+
+class Draw(NamedTuple):
+    """What the likelihood-free losses draw for each finished latent."""
+
+    t: Float[Array, " m"] | None
+    eps: Float[Array, "m h w c"] | None
 
 
 Experience = Transitions | Endpoints
@@ -136,27 +143,27 @@ def _gradient(
     loss_fn = LOSSES[recipe.loss]
     total = jnp.maximum((batch.weight > 0).sum(), 1)
 
-    def call(params: PyTree, part: Experience, key: Array) -> tuple[Array, dict[str, Array]]:
+    def call(params: PyTree, part: Experience, draw: Draw) -> tuple[Array, dict[str, Array]]:
         flat = _flatten(part)
-        loss, metrics = loss_fn(policy, recipe, params, old, frozen, cond, flat, key, knobs)
+        loss, metrics = loss_fn(policy, recipe, params, old, frozen, cond, flat, draw, knobs)
         share = (flat.weight > 0).sum() / total
         return loss * share, {k: v if k == "ratio_error" else v * share for k, v in metrics.items()}
 
-    parts = _split(batch, recipe.chunk)
-    calls = jax.tree.leaves(parts)[0].shape[0]
-    key = rng.at(rng.key(knobs.seed, "update", knobs.epoch, 1), state.step)
+    # Drawn for the whole batch, so that it does not depend on how the batch is cut into calls.
+    draw = _draw(batch, rng.at(rng.key(knobs.seed, "update", knobs.epoch, 1), state.step))
+    parts, draws = _split(batch, draw, recipe.chunk)
     grad_fn = jax.grad(call, has_aux=True)
 
-    def accumulate(total_grads: PyTree, item: tuple[Array, Experience]) -> tuple[PyTree, dict[str, Array]]:
-        grads, metrics = grad_fn(state.params, item[1], jax.random.fold_in(key, item[0]))
+    def accumulate(total_grads: PyTree, item: tuple[Experience, Draw]) -> tuple[PyTree, dict[str, Array]]:
+        grads, metrics = grad_fn(state.params, *item)
         return jax.tree.map(jnp.add, total_grads, grads), metrics
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
-    grads, metrics = jax.lax.scan(accumulate, zeros, (jnp.arange(calls), parts))
+    grads, metrics = jax.lax.scan(accumulate, zeros, (parts, draws))
     return grads, {k: v.max() if k == "ratio_error" else v.sum() for k, v in metrics.items()}
 
 
-def _split(batch: Experience, chunk: int) -> Experience:
+def _split(batch: Experience, draw: Draw, chunk: int) -> tuple[Experience, Draw]:
     """[samples, ...] -> [calls, samples per call, ...], padded with weight 0."""
     samples, states = batch.weight.shape[0], 1
     if isinstance(batch, Transitions):
@@ -164,10 +171,10 @@ def _split(batch: Experience, chunk: int) -> Experience:
     size = samples if chunk == 0 else max(1, min(samples, chunk // states))
     calls = -(-samples // size)
     index = jnp.arange(calls * size)
-    padded = jax.tree.map(lambda a: a[jnp.minimum(index, samples - 1)], batch)
+    padded, draw = jax.tree.map(lambda a: a[jnp.minimum(index, samples - 1)], (batch, draw))
     real = (index < samples).reshape(-1, *(1,) * (batch.weight.ndim - 1))
     padded = padded._replace(weight=padded.weight * real)
-    return jax.tree.map(lambda a: a.reshape(calls, size, *a.shape[1:]), padded)
+    return jax.tree.map(lambda a: a.reshape(calls, size, *a.shape[1:]), (padded, draw))
 
 
 def _flatten(batch: Experience) -> Experience:
@@ -202,7 +209,7 @@ def _likelihood_loss(
     frozen: PyTree,
     cond: Conditioning,
     batch: Transitions,
-    key: Array,
+    draw: Draw,
     knobs: Knobs,
 ) -> tuple[Array, dict[str, Array]]:
     """PPO or GRPO-Guard on the density of stored steps: one forward per state, however many moves."""
@@ -238,15 +245,15 @@ def _without_max(metrics: dict[str, Array]) -> dict[str, Array]:
     return {k: v for k, v in metrics.items() if "max" not in k}
 
 
-def _noised(batch: Endpoints, key: Array) -> tuple[Array, Array, Array]:
-    """Fresh (t, eps, x_t) per finished latent; times are stratified over (0.05, 1)."""
+def _draw(batch: Experience, key: Array) -> Draw:
+    """Fresh times and noise per finished latent; times are stratified over (0.05, 1). Stored steps carry
+    their own."""
+    if isinstance(batch, Transitions):
+        return Draw(None, None)
     rows = batch.x0.shape[0]
     key_t, key_eps = jax.random.split(key)
     u = (jnp.arange(rows) + jax.random.uniform(key_t, (rows,))) / rows
-    t = 0.05 + 0.95 * u
-    eps = jax.random.normal(key_eps, batch.x0.shape)
-    wide = t[:, None, None, None]
-    return t, eps, (1 - wide) * batch.x0 + wide * eps
+    return Draw(0.05 + 0.95 * u, jax.random.normal(key_eps, batch.x0.shape))
 
 
 def _endpoint_loss(
@@ -257,11 +264,13 @@ def _endpoint_loss(
     frozen: PyTree,
     cond: Conditioning,
     batch: Endpoints,
-    key: Array,
+    draw: Draw,
     knobs: Knobs,
 ) -> tuple[Array, dict[str, Array]]:
     """NFT or AWM: the bare network (no guidance) on re-noised finished latents, no density."""
-    t, eps, x_t = _noised(batch, key)
+    t, eps = draw
+    wide = t[:, None, None, None]
+    x_t = (1 - wide) * batch.x0 + wide * eps
     rows = cond.rows(batch.row)
 
     def velocity(bound: PyTree) -> Array:
