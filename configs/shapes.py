@@ -1,4 +1,15 @@
-"""Smart-GRPO on the embedded world, in the setting that learned most here."""
+"""Smart-GRPO on the embedded world, in the setting that learned most of those measured here.
+
+For      the demonstration: minutes on a laptop, from a base model that listens badly to one that listens.
+Hardware 2 CPU cores, under 3 GB.
+Command  python -m smart_grpo_jax.main --config configs/shapes.py
+Expect   see the table in README.md; the times there are of 2 cores.
+
+At two early steps (t = 0.89 and 0.78, where the layout is decided) half of each group executes the best
+of 4 searched noises, the other half plain noise; the rest of the path is the ODE. All finished images of
+a prompt share one baseline, so the search earns what it gains, and the likelihood-free loss (NFT) learns
+from the finished images alone: searched noise needs no density.
+"""
 
 from ml_collections import ConfigDict
 
@@ -6,21 +17,24 @@ from smart_grpo_jax.core import config as configs
 
 
 def get_config() -> ConfigDict:
-    """Search at the three early steps; its candidates are the groups that are learned from."""
+    """Best of 4 at steps 1 and 2 for half of the members; no guidance in training or evaluation."""
     config = configs.default()
-    config.prompts.groups, config.prompts.members = 16, 8
-    config.sampler.guidance = config.sampler.eval_guidance = 2.0
+    config.prompts.groups, config.prompts.members = 16, 12
+    config.sampler.guidance = config.sampler.eval_guidance = 1.0
     config.sampler.eval_steps = 20
+    config.sampler.window.kind = "fixed"
+    config.sampler.window.start, config.sampler.window.size = 1, 2
     config.adapter.kind = "full"
     config.search.rounds, config.search.candidates = 1, 4
-    config.search.steps = "early"
-    config.search.credit = "local"
-    config.search.execute = "random"
-    config.train.epochs = 30
+    config.search.returns = "best"
+    config.search.steps = [1, 2]
+    config.search.members = 0.5
+    config.train.loss = "nft"
+    config.train.epochs = 32
+    config.train.updates_per_epoch, config.train.inner_epochs = 1, 4
     config.train.beta2 = 0.99
-    config.train.clip = 0.05
     config.train.weight_decay = 0.0
-    config.train.ema.every = 1
-    config.train.ema.decay = 0.8
-    config.eval.every = 10
+    config.train.ema.every, config.train.ema.decay = 1, 0.8
+    config.checkpoint.every = 8
+    config.eval.every = 8
     return config
