@@ -268,7 +268,7 @@ def check_keys(table: Table, wanted: set[str], found: Mapping[str, str], reader:
     if unknown:
         raise UserError(
             f"{reader.file(found[unknown[0]])}: {table.name} knows no {unknown[0]!r} "
-            f"({len(unknown)} unknown; {nearest(unknown[0], wanted) if len(wanted) < 5000 else ''})"
+            f"({len(unknown)} unknown; {nearest(unknown[0], wanted)})"
         )
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from smart_grpo_jax.core.errors import UserError
 from smart_grpo_jax.hub import tables
-from smart_grpo_jax.models.mmdit import MMDiT, MMDiTConfig, position_table
+from smart_grpo_jax.models.embeddings import position_table
+from smart_grpo_jax.models.mmdit import MMDiT, MMDiTConfig
 
 # n_dual 0, 1, 2 and all; qk norm on and off; one layer; odd sizes; patch 1 and 2.
 CONFIGS = {
