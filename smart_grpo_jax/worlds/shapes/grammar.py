@@ -206,7 +206,12 @@ def meaning(prompt: Prompt) -> str:
     "B right of A". Splits keep equal meanings together, else the mirror of a test prompt is trained on."""
     if len(prompt.clauses) == 1:
         return text(prompt)
-    opposite = dict(zip(RELATIONS, ("right of", "left of", "below", "above"), strict=True))
+    opposite: dict[str, str] = {
+        "left of": "right of",
+        "right of": "left of",
+        "above": "below",
+        "below": "above",
+    }
     mirror = dataclasses.replace(
         prompt,
         clauses=prompt.clauses[::-1],

@@ -138,11 +138,14 @@ def _soft_colours(images: Float[Array, "b 24 24 3"]) -> Float[Array, "b 6 576"]:
         share.append(along)
         stray.append((red - along * c[0]) ** 2 + (green - along * c[1]) ** 2 + (blue - along * c[2]) ** 2)
     least = functools.reduce(jnp.minimum, stray)
-    weight = [jnp.exp((least - d) / COLOUR_TEMPERATURE) for d in stray]
-    purity = jnp.exp(-jnp.maximum(least - PURITY_FREE, 0.0) / PURITY_SCALE) / sum(weight)
-    planes = jnp.stack([a * w * purity for a, w in zip(share, weight, strict=True)], axis=1)
-    # Used five times below: without the barrier XLA would fuse, and so compute, it five times over.
-    return jax.lax.optimization_barrier(planes)
+    total = sum(jnp.exp((least - d) / COLOUR_TEMPERATURE) for d in stray)
+    purity = jnp.exp(-jnp.maximum(least - PURITY_FREE, 0.0) / PURITY_SCALE) / total
+    # Barriers: XLA would fuse, and so compute, what is used several times into each of its uses.
+    least, purity = jax.lax.optimization_barrier((least, purity))
+    planes = [
+        a * jnp.exp((least - d) / COLOUR_TEMPERATURE) * purity for a, d in zip(share, stray, strict=True)
+    ]
+    return jax.lax.optimization_barrier(jnp.stack(planes, axis=1))
 
 
 def detect(images: Float[Array, "b 24 24 3"]) -> Objects:
@@ -171,7 +174,7 @@ def _examine(offset: Array, planes: Array, place: Array, alike: Array) -> Object
     fixed = _templates()
     shift = _between_places(alike, place)
     channels = jnp.moveaxis(offset, -1, 1).reshape(-1, 3, SIZE**2)
-    seen = _patches(jnp.concatenate([planes, channels], 1), place)
+    seen = jax.lax.optimization_barrier(_patches(jnp.concatenate([planes, channels], 1), place))
     y, x = np.divmod(np.arange(PATCH**2), PATCH)
     dx = jnp.float32(x - PATCH / 2 + 0.5) - shift[..., 0, None]
     dy = jnp.float32(y - PATCH / 2 + 0.5) - shift[..., 1, None]
