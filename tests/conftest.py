@@ -20,6 +20,7 @@ def cache_folder():
     raise RuntimeError("no folder can be written")
 
 
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")  # as the program sets it
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache_folder())
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
