@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     config.search.steps = [1, 2]
     config.search.members = 0.5
     config.train.loss = "nft"
-    config.train.epochs = 32
+    config.train.epochs = 24
     config.train.updates_per_epoch, config.train.inner_epochs = 1, 4
     config.train.beta2 = 0.99
     config.train.weight_decay = 0.0
