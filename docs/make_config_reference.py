@@ -7,7 +7,8 @@ from smart_grpo_jax.core.schema import reference
 
 HEAD = """# Config reference
 
-Made by `python docs/make_config_reference.py` from `smart_grpo_jax/core/config.py`; a test says when it is stale.
+Made by `python docs/make_config_reference.py` from `smart_grpo_jax/core/config.py`; a test says when it is
+stale.
 A config file is a Python file whose `get_config()` edits `smart_grpo_jax.core.config.default()`; the command
 line overrides single fields: `--config.train.epochs=60`, `--config.search.steps=1,2,3`,
 `--config.rewards.shapes_aesthetic=0.5`.
