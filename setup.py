@@ -37,7 +37,7 @@ setup(
         "test": [
             "beartype>=0.22",
             "diffusers==0.42.1",
-            "pyright==1.1.410",
+            "pyright==1.1.414",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.14",
