@@ -64,7 +64,7 @@ def components(folder: Path) -> dict[str, str]:
     for name, component in COMPONENTS.items():
         _, class_name = listed.get(name) or (None, None)
         present = class_name is not None and weight_file(folder / name, component.base) is not None
-        if present and class_name not in component.classes:
+        if class_name is not None and present and class_name not in component.classes:
             known = nearest(class_name, component.classes) if component.classes else "leave the folder out"
             raise UserError(f"{folder}: {name}: cannot read a {class_name} ({known})")
         if name in REQUIRED and not present:
@@ -98,10 +98,10 @@ def read_params(folder: Path, name: str, class_name: str, config: Any, dtype: An
 def save_pipeline(
     folder: Path,
     *,
-    transformer: tuple[Mapping[str, Any], PyTree],
-    vae: tuple[Mapping[str, Any], PyTree],
-    text_encoder: tuple[Mapping[str, Any], PyTree],
-    text_encoder_2: tuple[Mapping[str, Any], PyTree],
+    transformer: tuple[Mapping[str, Any] | MMDiTConfig, PyTree],
+    vae: tuple[Mapping[str, Any] | VAEConfig, PyTree],
+    text_encoder: tuple[Mapping[str, Any] | CLIPConfig, PyTree],
+    text_encoder_2: tuple[Mapping[str, Any] | CLIPConfig, PyTree],
     tokenizers: Mapping[str, Mapping[str, str]],
     scheduler: Mapping[str, Any],
 ) -> None:
@@ -138,7 +138,10 @@ def write_component(folder: Path, name: str, config: Any, params: PyTree) -> lis
     """config.json and the weights of one network; gives its row in model_index.json."""
     component = COMPONENTS[name]
     class_name, (table, config_class) = next(iter(component.classes.items()))
-    data = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        data = dataclasses.asdict(config)
+    else:
+        data = dict(config)
     if component.library == "transformers":
         data.pop("projection", None)
         head = {"architectures": [class_name], "model_type": "clip_text_model", "dtype": "float32"}

@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from smart_grpo_jax.hub import adapters, folder
 from smart_grpo_jax.hub.folder import save_pipeline as save_pipeline
 from smart_grpo_jax.hub.tokenizers import Tokenizer, load_tokenizer, read_json
 from smart_grpo_jax.maths import schedule
-from smart_grpo_jax.models.clip import CLIPConfig, CLIPText
+from smart_grpo_jax.models.clip import CLIPConfig, CLIPOutput, CLIPText
 from smart_grpo_jax.models.lora import SD3_TARGETS, LoRA
 from smart_grpo_jax.models.mmdit import MMDiT, MMDiTConfig
 from smart_grpo_jax.models.vae import AutoencoderKL, VAEConfig, denormalise, normalise
@@ -54,7 +54,7 @@ def velocity_fn(
 
     def velocity(params: PyTree, x: Array, t: Array, cond: Conditioning) -> Array:
         variables = {"params": params["params"], "lora": params["lora"] if rank else {}}
-        return net.apply(variables, x, t, cond.tokens, cond.pooled, repeats=cond.repeats)
+        return cast(Array, net.apply(variables, x, t, cond.tokens, cond.pooled, repeats=cond.repeats))
 
     return velocity
 
@@ -90,7 +90,7 @@ def decode_fn(config: VAEConfig, dtype: Any = jnp.float32) -> DecodeFn:
 
     def decode(params: PyTree, x0: Array) -> Array:
         x = vae.apply({"params": params}, denormalise(config, x0.astype(jnp.float32)), method="decode")
-        return jnp.clip(x / 2 + 0.5, 0.0, 1.0)
+        return jnp.clip(cast(Array, x) / 2 + 0.5, 0.0, 1.0)
 
     return decode
 
@@ -118,12 +118,11 @@ def text_states(
 ) -> tuple[Float[Array, "b s d"], Float[Array, "b p"]]:
     """Both encoders side by side: penultimate states and pooled vectors, joined along the features."""
     outs = [
-        CLIPText(config, dtype).apply({"params": p}, one)
+        cast(CLIPOutput, CLIPText(config, dtype).apply({"params": p}, one))
         for config, p, one in zip(configs, params, ids, strict=True)
     ]
-    return tuple(
-        jnp.concatenate(part, -1) for part in zip(*[(o.penultimate, o.pooled) for o in outs], strict=True)
-    )
+    states = jnp.concatenate([o.penultimate for o in outs], -1)
+    return states, jnp.concatenate([o.pooled for o in outs], -1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -224,7 +224,7 @@ class Place:
 
 def places(table: Table, config: Any) -> Iterator[Place]:
     """All leaves of a model and their published keys."""
-    for path, leaf in flatten_dict(table.abstract(config), sep="/").items():
+    for path, leaf in cast(dict[str, Any], flatten_dict(table.abstract(config), sep="/")).items():
         row, key = table.place(path)
         if row.first is None:
             yield Place(path, (key,), False, leaf.shape, row.transform)

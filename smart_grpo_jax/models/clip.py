@@ -147,7 +147,7 @@ class Encoder(nn.Module):
             EncoderLayer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] (flax annotates int alone)
             length=c.num_hidden_layers,
         )
         sizes = (c.num_attention_heads, c.intermediate_size, c.hidden_act, c.layer_norm_eps)

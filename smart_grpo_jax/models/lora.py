@@ -11,7 +11,7 @@ import dataclasses
 import re
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -86,7 +86,7 @@ def init_lora(key: Array, module: nn.Module, lora: LoRA, *inputs: Any) -> PyTree
     which other modules are adapted. Each target must match a module.
     """
     shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
-    found = flatten_dict(shapes.get("lora", {}))
+    found = cast(dict[tuple[str, ...], Any], flatten_dict(shapes.get("lora", {})))
     modules = {"/" + "/".join(path[:-1]) for path in flatten_dict(shapes["params"])}
     for target in lora.targets:
         if not any(re.search(target, name) for name in modules):
@@ -103,7 +103,8 @@ def init_lora(key: Array, module: nn.Module, lora: LoRA, *inputs: Any) -> PyTree
 
 def merge(base: PyTree, lora: PyTree, scale: float) -> PyTree:
     """The base with the adapters folded in: kernel + scale·a b, summed in float32, in the base's dtype."""
-    kernels, factors = flatten_dict(base), flatten_dict(lora)
+    kernels = cast(dict[tuple[str, ...], Any], flatten_dict(base))
+    factors = cast(dict[tuple[str, ...], Any], flatten_dict(lora))
     for path in {path[:-1] for path in factors}:
         kernel = kernels[(*path, "kernel")]
         delta = jnp.einsum("...ir,...ro->...io", factors[(*path, "a")], factors[(*path, "b")])

@@ -222,6 +222,7 @@ class Block(nn.Module):
         feed = FeedForward(self.build, name="ff")
         x = x + m[5][:, None] * feed(modulated(layer_norm(x), m[3], m[4]))
         if not self.last:
+            assert text_out is not None
             text = text + c[2][:, None] * text_out
             feed = FeedForward(self.build, name="ff_context")
             text = text + c[5][:, None] * feed(modulated(layer_norm(text), c[3], c[4]))
@@ -289,7 +290,7 @@ class MMDiT(nn.Module):
             block,
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast),
+            in_axes=(nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType] (flax says int)
             length=length,
         )
 
