@@ -21,6 +21,10 @@ def cache_folder():
 
 
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")  # as the program sets it
+# These programs run for milliseconds, and LLVM's full optimisation takes seconds for each of them.
+QUICK = "--xla_backend_optimization_level"
+if QUICK not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}=1".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache_folder())
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
