@@ -9,9 +9,14 @@ Names are imported when they are used, so that `import smart_grpo_jax` costs not
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smart_grpo_jax.core.errors import nearest
+
+if TYPE_CHECKING:
+    from smart_grpo_jax.core.types import Conditioning
+    from smart_grpo_jax.hub.pipeline import load_pipeline
+    from smart_grpo_jax.rewards.base import load_reward
 
 HOMES = {
     "load_pipeline": "smart_grpo_jax.hub.pipeline",

@@ -20,7 +20,6 @@ def cache_folder():
     raise RuntimeError("no folder can be written")
 
 
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")  # as the program sets it
 # These programs run for milliseconds, and LLVM's full optimisation takes seconds for each of them.
 QUICK = "--xla_backend_optimization_level"
 if QUICK not in os.environ.get("XLA_FLAGS", ""):

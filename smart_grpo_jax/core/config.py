@@ -250,7 +250,7 @@ def semantic(config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in schema.flatten(config) if not k.startswith(RESUMABLE)}
 
 
-def from_dict(values: Mapping[str, Any]) -> Config:
+def from_dict(values: Mapping[str, Any] | ConfigDict) -> Config:
     """The checked config; every mistake is one UserError that names field, value and what is wanted."""
     plain = values.to_dict() if isinstance(values, ConfigDict) else dict(values)
     config = schema.build(Config, plain)

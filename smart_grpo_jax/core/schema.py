@@ -70,7 +70,8 @@ def override(root: type, values: ConfigDict, name: str, text: str) -> None:
     for i, part in enumerate(parts):
         fields = {f.name: f for f in dataclasses.fields(cls)}
         here = ".".join(parts[: i + 1])
-        if not isinstance(node, (Mapping, ConfigDict)):
+        section: Any = node  # the check below would narrow `node` to a read-only type
+        if not isinstance(section, (Mapping, ConfigDict)):
             raise UserError(f"{'.'.join(parts[:i])}: got {node!r}, wanted a section with fields")
         if part not in fields:
             raise UserError(f"{here}: no such field ({nearest(part, fields)})")
@@ -84,7 +85,8 @@ def override(root: type, values: ConfigDict, name: str, text: str) -> None:
         if typing.get_origin(kind) is dict:
             return _override_table(node, part, parts[i + 1 :], text, here)
         if dataclasses.is_dataclass(kind):
-            raise UserError(f"{here}: is a section, wanted one of its fields ({', '.join(_types(kind))})")
+            fields_there = ", ".join(_types(typing.cast(type, kind)))
+            raise UserError(f"{here}: is a section, wanted one of its fields ({fields_there})")
         if i + 1 < len(parts):
             raise UserError(f"{name}: {here} has no fields of its own")
         node[part] = _parse(kind, text, here)

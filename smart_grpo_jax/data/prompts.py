@@ -14,7 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -89,7 +89,7 @@ def _tfds(rest: str) -> tuple[list[str], int]:
     name, split, field = rest.split(":")
     import tensorflow_datasets as tfds
 
-    source = tfds.data_source(name, split=split)
+    source: Any = tfds.data_source(name, split=split)
     values = (source[i][field] for i in range(len(source)))
     return _clean(v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in values)
 

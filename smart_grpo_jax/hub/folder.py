@@ -138,10 +138,7 @@ def write_component(folder: Path, name: str, config: Any, params: PyTree) -> lis
     """config.json and the weights of one network; gives its row in model_index.json."""
     component = COMPONENTS[name]
     class_name, (table, config_class) = next(iter(component.classes.items()))
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        data = dataclasses.asdict(config)
-    else:
-        data = dict(config)
+    data: dict[str, Any] = dict(config) if isinstance(config, Mapping) else dataclasses.asdict(config)
     if component.library == "transformers":
         data.pop("projection", None)
         head = {"architectures": [class_name], "model_type": "clip_text_model", "dtype": "float32"}

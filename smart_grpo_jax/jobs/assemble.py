@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -269,10 +269,10 @@ def make_batch(
     filled = [*texts, *[texts[0]] * spare]
     members = list(first_member) or [0] * len(texts)
     batch = rollout.Batch(
-        np.asarray([*ids, *[ids[0]] * spare], np.int32),
+        cast(jax.Array, np.asarray([*ids, *[ids[0]] * spare], np.int32)),
         run.pipeline.encode(filled, compact=True),
         reward.prepare(filled),
         run.search_reward.prepare(filled),
-        np.asarray([*members, *[0] * spare], np.int32),
+        cast(jax.Array, np.asarray([*members, *[0] * spare], np.int32)),
     )
     return jax.device_put(batch, replicated(run.mesh)), np.arange(size) < len(texts)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -126,9 +126,9 @@ def train_vae(config: VAEConfig, settings: Config) -> Trained:
     def loss_fn(params: PyTree, key: Array) -> Array:
         image_key, noise_key = jax.random.split(key)
         images, _ = pictures(image_key, settings.pretrain.batch, 0.0)
-        mean, logvar = vae.apply({"params": params}, images, method="encode")
+        mean, logvar = cast(tuple[Array, Array], vae.apply({"params": params}, images, method="encode"))
         z = mean + jnp.exp(logvar / 2) * jax.random.normal(noise_key, mean.shape)
-        error = vae.apply({"params": params}, z, method="decode") - images
+        error = cast(Array, vae.apply({"params": params}, z, method="decode")) - images
         kl = 0.5 * (mean**2 + jnp.exp(logvar) - 1 - logvar).mean()
         return jnp.abs(error).mean() + 2 * (error**2).mean() + 1e-3 * kl
 
@@ -149,7 +149,8 @@ def polish_decoder(config: VAEConfig, params: PyTree, settings: Config) -> Train
         images, _ = pictures(image_key, settings.pretrain.batch, 0.0)
         z = vae.apply({"params": params}, images, method="encode")[0]
         z = z + LATENT_NOISE * jax.random.normal(noise_key, z.shape)
-        error = vae.apply({"params": {**rest, "decoder": decoder}}, z, method="decode") - images
+        drawn = vae.apply({"params": {**rest, "decoder": decoder}}, z, method="decode")
+        error = cast(Array, drawn) - images
         return jnp.abs(error).mean() + 2 * (error**2).mean()
 
     steps = settings.pretrain.decoder_steps
@@ -214,7 +215,7 @@ def train_flow(
             prompt.pooled,
             repeats=prompt.repeats,
         )
-        return ((v - (x1 - x0)) ** 2).mean()
+        return ((cast(Array, v) - (x1 - x0)) ** 2).mean()
 
     trained = Trained(fresh_flow(parts, key, data.latents.shape[1:], text), 0.0)
     plan = list(zip(settings.pretrain.flow_steps, settings.pretrain.caption_noise, strict=True))

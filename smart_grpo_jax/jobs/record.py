@@ -70,7 +70,9 @@ def evaluation(folder: RunFolder, epoch: int, result: evaluate.Evaluation) -> di
         scalars["eval/judge_gap"] = means["shapes"] - means["second/graded"]
     if distributed.is_main():
         buffer = io.BytesIO()
-        names = {f"score:{name}": values.astype(np.float32) for name, values in result.scores.items()}
+        names: dict[str, Any] = {
+            f"score:{name}": values.astype(np.float32) for name, values in result.scores.items()
+        }
         np.savez_compressed(
             buffer, prompts=np.asarray(result.prompts), images=to_bytes(result.images), **names
         )

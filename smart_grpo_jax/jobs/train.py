@@ -209,7 +209,7 @@ def stop_here(loop: Loop, logged: bool | None = None) -> None:
         return
     if logged is None:
         lines = loop.log.state_lines()
-        logged = bool(lines) and lines[-1]["epoch"] >= loop.epoch
+        logged = bool(lines) and bool(lines[-1]["epoch"] >= loop.epoch)
     loop.checkpoints.wait()
     save(loop, logged)
     loop.checkpoints.wait()

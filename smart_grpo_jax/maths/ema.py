@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 
-def decay(step: ArrayLike, max_decay: float = 0.9) -> Float[Array, "*s"]:
+def decay(step: ArrayLike, max_decay: ArrayLike = 0.9) -> Float[Array, "*s"]:
     """min((1 + s) / (10 + s), max_decay) after s optimizer steps."""
     step = jnp.asarray(step)
     return jnp.minimum((1 + step) / (10 + step), max_decay)

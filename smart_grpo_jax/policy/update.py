@@ -269,6 +269,7 @@ def _endpoint_loss(
 ) -> tuple[Array, dict[str, Array]]:
     """NFT or AWM: the bare network (no guidance) on re-noised finished latents, no density."""
     t, eps = draw
+    assert t is not None and eps is not None
     wide = t[:, None, None, None]
     x_t = (1 - wide) * batch.x0 + wide * eps
     rows = cond.rows(batch.row)

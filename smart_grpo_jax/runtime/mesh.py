@@ -16,7 +16,12 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 
-def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    data: int,
+    fsdp: int,
+    tensor: int,
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm] (an alias in jax)
+) -> Mesh:
     """The mesh data × fsdp × tensor over all devices; data = 0 means "all that remain".
 
     Axis types are Auto: with `jax.make_mesh`'s default (Explicit) a reshape of a sharded batch raises.

@@ -94,7 +94,10 @@ def _templates() -> _Templates:
     n = len(places)
     with jax.ensure_compile_time_eval():
         shapes = np.stack(
-            [np.asarray(masks(places, np.full(n, RADIUS), np.full(n, s))) for s in range(NUM_SHAPES)]
+            [
+                np.asarray(masks(jnp.asarray(places), jnp.full(n, RADIUS), jnp.full(n, s)))
+                for s in range(NUM_SHAPES)
+            ]
         )
     py, px = np.divmod(np.arange(SIZE**2), SIZE)
     reach = np.maximum(abs(px + 0.5 - places[:, :1]), abs(py + 0.5 - places[:, 1:]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -55,7 +57,7 @@ def masks(
     y, x = np.divmod(np.arange(SIZE**2), SIZE)
     dx = x + 0.5 - position[..., 0, None]
     dy = y + 0.5 - position[..., 1, None]
-    every = distances(dx, dy, radius[..., None])
+    every = distances(cast(Array, dx), cast(Array, dy), radius[..., None])
     distance = jnp.select([shape[..., None] == i for i in range(len(every))], every)
     return jnp.clip(0.5 - distance, 0.0, 1.0)
 

@@ -1,0 +1,70 @@
+"""The number of devices changes the speed of a run and nothing else."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny_run
+
+PROBE = """
+import hashlib, json, sys
+import jax, numpy as np
+from smart_grpo_jax import main
+from smart_grpo_jax.jobs import train
+
+seen = []
+act = train.act
+
+def spy(loop, programs):
+    acted, masks, batch = act(loop, programs)
+    digest = lambda a: hashlib.sha256(np.asarray(a).tobytes()).hexdigest()
+    seen.append([digest(batch.prompt_id), digest(acted.x[0]), acted.reward.shape[0]])
+    return acted, masks, batch
+
+train.act = spy
+code = main.main(sys.argv[1:])
+print(json.dumps({"code": code, "devices": jax.device_count(), "seen": seen}))
+"""
+
+# Nine images: with two and with four devices groups must be added and taken away again.
+OVERRIDES = (
+    "train.epochs=3", "prompts.groups=3", "prompts.members=3", "train.updates_per_epoch=3", "eval.every=0",
+    "eval.prompts=3",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("devices")
+    found = {}
+    for devices in (1, 2, 4):
+        path = folder / str(devices)
+        done = subprocess.run(
+            [sys.executable, "-c", PROBE, *tiny_run.command(path, *OVERRIDES)],
+            env=tiny_run.environment(JAX_NUM_CPU_DEVICES=str(devices)),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        told = json.loads(done.stdout.splitlines()[-1])
+        assert (told["code"], told["devices"]) == (0, devices), done.stderr
+        found[devices] = told["seen"], tiny_run.read(path)
+    return found
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_prompts_and_noise_are_the_same_to_the_bit(runs, devices):
+    assert runs[devices][0] == runs[1][0]
+    assert [images for *_, images in runs[1][0]] == [9, 9, 9]
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_what_is_learned_is_the_same(runs, devices):
+    ours, theirs = ([row["train/reward"] for row in runs[n][1][1:]] for n in (1, devices))
+    assert len(set(ours)) == 3
+    # other batch sizes per device round otherwise, a last bit per layer and step
+    np.testing.assert_allclose(theirs, ours, atol=1e-5)
+    costs = [[row["nfe/velocity"] for row in runs[n][1]] for n in (1, devices)]
+    assert costs[0] == costs[1]

@@ -1,0 +1,206 @@
+"""kill -9, SIGTERM, a second start, a damaged checkpoint: the end is the same to the bit."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny_run
+
+from smart_grpo_jax.runtime.metrics import read
+
+pytestmark = pytest.mark.faults
+
+HERE = Path(__file__).parent
+EPOCHS = 30
+OVERRIDES = (f"train.epochs={EPOCHS}", "eval.every=5", "eval.prompts=4")
+SHORT = ("train.epochs=6", "eval.every=3", "eval.prompts=4", "checkpoint.every=2")
+PATIENCE = 300
+
+
+class Server:
+    """Forked processes, one at a time, that run the entry point as `python -m` would."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.process = subprocess.Popen(
+            # jax warns about forks; here nothing of it has started before the fork
+            [sys.executable, "-W", "ignore", str(HERE / "run_server.py")],
+            env=tiny_run.environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def start(self, argv, log, stop=None):
+        """Begin a process; returns its pid."""
+        self.process.stdin.write(json.dumps({"argv": argv, "log": str(log), "stop": stop}) + "\n")
+        self.process.stdin.flush()
+        word, pid = self.process.stdout.readline().split()
+        assert word == "pid"
+        return int(pid)
+
+    def wait(self):
+        """The exit code of the process that was started last; negative where a signal ended it."""
+        word, code = self.process.stdout.readline().split()
+        assert word == "ended"
+        return int(code)
+
+    def run(self, argv, log, stop=None):
+        """Begin a process and wait for it."""
+        self.start(argv, log, stop)
+        return self.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.process.stdin.close()
+    server.process.wait(timeout=PATIENCE)
+
+
+def whole_run(server, folder, overrides):
+    """An undisturbed run: its lines, its final state, and how long it took."""
+    log = folder.with_suffix(".log")
+    started = time.monotonic()
+    assert server.run(tiny_run.command(folder, *overrides), log) == 0, log.read_text()
+    return tiny_run.timeless(folder), tiny_run.state_hash(folder), time.monotonic() - started
+
+
+@pytest.fixture(scope="module")
+def long(server, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("long") / "whole"
+    whole_run(
+        server, folder.with_name("warm"), ("train.epochs=1", "eval.prompts=4")
+    )  # fills the compile cache
+    return whole_run(server, folder, OVERRIDES)
+
+
+@pytest.fixture(scope="module")
+def short(server, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("short") / "whole"
+    return *whole_run(server, folder, SHORT), folder
+
+
+def lines(folder):
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_until(condition, what):
+    """Progress, not the clock, says when: the machine may be busy."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.002)
+
+
+def test_ten_kills_do_not_change_a_bit(server, long, tmp_path):
+    want_lines, want_state, seconds = long
+    folder, log = tmp_path / "killed", tmp_path / "log.txt"
+    argv = tiny_run.command(folder, *OVERRIDES)
+    resumed = []
+    for life in range(10):
+        clock = random.Random(life)
+        done = tiny_run.epochs(folder)
+        resumed.append(done[-1] if done else 0)
+        pid = server.start(argv, log)
+        goal = resumed[-1] + 1 + clock.randint(2, 4)  # lines: two epochs reach the next checkpoint
+        wait_until(lambda: lines(folder) >= goal, log.read_text)  # noqa: B023
+        time.sleep(clock.uniform(0, 2 * seconds / EPOCHS))  # anywhere: rollout, update, evaluation, save
+        os.kill(pid, signal.SIGKILL)
+        assert server.wait() == -signal.SIGKILL, log.read_text()
+    assert resumed == sorted(resumed) and resumed[-1] >= 10
+    assert server.run(argv, log) == 0, log.read_text()
+    assert tiny_run.timeless(folder) == want_lines
+    assert tiny_run.state_hash(folder) == want_state
+    told = log.read_text()
+    assert "Traceback" not in told and "WARNING" not in told  # a kill damages nothing
+    assert len((folder / "command.txt").read_text().splitlines()) == 11
+    assert not [p for p in (folder / "checkpoints").iterdir() if not p.name.isdigit()]
+
+
+PHASES = {
+    "loading": ["loading", 0],
+    "first evaluation": ["evaluate", 0],
+    "rollout": ["rollout", 2],
+    "update": ["update", 3],
+    "evaluation": ["evaluate", 3],
+    "save": ["save", 4],
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_signal_saves_and_ends_and_the_same_command_goes_on(server, short, phase, tmp_path):
+    want_lines, want_state, *_ = short
+    folder, log = tmp_path / "run", tmp_path / "log.txt"
+    argv = tiny_run.command(folder, *SHORT)
+    assert server.run(argv, log, PHASES[phase]) == 0, log.read_text()
+    told, stopped_at = log.read_text(), tiny_run.epochs(folder)[-1]
+    assert "SIGTERM: saving at the next safe point" in told and "Traceback" not in told
+    assert f"stopped by SIGTERM after epoch {stopped_at};" in told
+    # nothing that was computed is lost: a signal in epoch n + 1's update saves epoch n + 1
+    assert stopped_at == {"update": 4}.get(phase, PHASES[phase][1])
+    assert server.run(argv, log) == 0, log.read_text()
+    assert f"resumed after epoch {stopped_at}" in log.read_text()
+    assert tiny_run.timeless(folder) == want_lines
+    assert tiny_run.state_hash(folder) == want_state
+    assert not list(folder.glob("metrics.lost-*"))
+
+
+def test_the_second_start_on_a_folder_is_told_who_owns_it(server, short, tmp_path):
+    want_lines, want_state, *_ = short
+    folder, log = tmp_path / "run", tmp_path / "log.txt"
+    argv = tiny_run.command(folder, *SHORT)
+    pid = server.start(argv, log)
+    wait_until(lambda: (folder / "LOCK").exists() and (folder / "config.json").exists(), log.read_text)
+    second = subprocess.run(
+        [sys.executable, "-m", "smart_grpo_jax.main", *argv],
+        env=tiny_run.environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert (second.returncode, second.stdout) == (3, ""), second.stderr
+    assert second.stderr.count("\n") == 1 and f"in use by pid {pid} " in second.stderr
+    assert len(second.stderr) <= 200
+    assert server.wait() == 0, log.read_text()
+    assert tiny_run.timeless(folder) == want_lines and tiny_run.state_hash(folder) == want_state
+
+
+def flip_a_byte(folder):
+    """In the middle of the largest file of a checkpoint."""
+    path = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_costs_a_line_and_a_few_epochs(server, short, tmp_path):
+    want_lines, want_state, _, whole = short
+    folder, log = tmp_path / "run", tmp_path / "log.txt"
+    shutil.copytree(whole, folder)
+    flip_a_byte(folder / "checkpoints" / "6")
+    assert server.run(tiny_run.command(folder, *SHORT), log) == 0, log.read_text()
+    warnings = [line for line in log.read_text().splitlines() if "WARNING" in line]
+    assert len(warnings) == 1 and "checkpoint 6 is damaged" in warnings[0]
+    assert "resumed after epoch 4" in log.read_text()
+    assert tiny_run.timeless(folder) == want_lines and tiny_run.state_hash(folder) == want_state
+    assert (folder / "checkpoints" / "6.bad-1").is_dir()
+    assert [row["epoch"] for row in read(folder / "metrics.lost-1.jsonl")] == [5, 6]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_afresh(server, short, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log.txt"
+    shutil.copytree(short[-1], folder)
+    for epoch in tiny_run.epochs(folder):
+        flip_a_byte(folder / "checkpoints" / str(epoch))
+    assert server.run(tiny_run.command(folder, *SHORT), log) == 6
+    assert "every checkpoint is damaged" in log.read_text().splitlines()[-1]
+    assert "Traceback" not in log.read_text()
