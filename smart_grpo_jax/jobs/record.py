@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from smart_grpo_jax.core.types import TrainState
 from smart_grpo_jax.jobs import assemble, evaluate, report, traced
 from smart_grpo_jax.jobs.assemble import Run
 from smart_grpo_jax.jobs.statistics import comparison
+from smart_grpo_jax.maths import transition
 from smart_grpo_jax.policy import cost, rollout
 from smart_grpo_jax.policy.rollout import Acted, Batch
 from smart_grpo_jax.runtime import distributed
@@ -174,55 +174,60 @@ def summary(run: Run, state: TrainState, path: Path, epoch: int, resumed: bool) 
     ]  # fmt: skip
 
 
-def one_step_decodes(run: Run, trainable: Any, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def one_step_decodes(
+    run: Run, act: Callable[..., Acted], trainable: Any, texts: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
     """What each state on the way decodes to in one step, without and with the search: twice
-    [steps, prompts, H, W, 3] in 8 bits, from one program."""
-    shape = dataclasses.replace(
-        run.shape, members=1, stop=run.shape.steps, searched_members=1, one_step_rewards=False
-    )
+    [steps, prompts, H, W, 3] in 8 bits. `act` is the rollout of training, so that it need not be compiled
+    again; the first member of each of its groups is looked at, and is among those that search."""
+    config = run.config.prompts
+    size, _ = assemble.groups_per_call(run, config.groups, config.members, run.config.memory.rollout)
+    texts = texts[:size]
     knobs = traced.rollout_knobs(run.config, run.times, 0)
-    knobs = knobs._replace(
-        seed=jnp.uint32(evaluate.EVAL_SEED),
-        search=dataclasses.replace(knobs.search, keep_candidates=False),
-        execute_search=jnp.asarray(True),
-    )
-    batch, _ = assemble.make_batch(run, texts, len(texts), run.reward, range(len(texts)))
+    knobs = knobs._replace(seed=jnp.uint32(evaluate.EVAL_SEED), execute_search=jnp.asarray(True))
+    batch, _ = assemble.make_batch(run, texts, size, run.reward, range(size))
     params = run.rollout_params(trainable)
 
     @jax.jit
-    def decode(params: Any, knobs: rollout.Knobs) -> Any:
-        acted = rollout.act(run.fns, shape, params, knobs, batch)
-
+    def decode(params: Any, xs: Any, times: Any, cond: Any) -> Any:
         def look(state: tuple[Any, Any]) -> Any:
             x, t = state
-            v = run.fns.velocity(params["policy"], x, jnp.full(x.shape[0], t), batch.cond)
-            return run.fns.decode(params["decoder"], x - t * v)
+            v = run.fns.velocity(params["policy"], x, jnp.full(x.shape[0], t), cond)
+            return run.fns.decode(params["decoder"], transition.one_step(x, v, t))
 
-        return jax.lax.map(look, (acted.x, knobs.times[:-1]))
+        return jax.lax.map(look, (xs, times))
 
-    off = knobs._replace(searched=jnp.zeros_like(knobs.searched))
-    plain, searched = (to_bytes(np.asarray(decode(params, k))) for k in (off, knobs))
-    return plain, searched
+    def pictures(knobs: rollout.Knobs) -> np.ndarray:
+        xs = act(params, knobs, batch).x[:, :: config.members]
+        return to_bytes(np.asarray(decode(params, xs, knobs.times[: len(xs)], batch.cond)))[:, : len(texts)]
+
+    return pictures(knobs._replace(searched=jnp.zeros_like(knobs.searched))), pictures(knobs)
 
 
-def figure_three(run: Run, folder: RunFolder, trainable: Any) -> None:
+def figure_three(run: Run, folder: RunFolder, act: Callable[..., Acted], trainable: Any) -> None:
     """The paper's Figure 3 for this model, beside the same states with the noise searched."""
     if not searched_steps(run.config):
         return
     texts = [item.text for item in run.eval_items[:FIGURE_PROMPTS]]
-    plain, searched = one_step_decodes(run, trainable, texts)
+    plain, searched = one_step_decodes(run, act, trainable, texts)
     if not distributed.is_main():
         return
     buffer = io.BytesIO()
     np.savez_compressed(
-        buffer, times=run.times[:-1], prompts=np.asarray(texts), plain=plain, searched=searched
+        buffer,
+        times=run.times[: len(plain)],
+        prompts=np.asarray(texts[: plain.shape[1]]),
+        plain=plain,
+        searched=searched,
     )
     write_atomic(folder.sub("eval") / "steps.npz", buffer.getvalue())
 
 
-def finish(run: Run, folder: RunFolder, state: TrainState, state_hash: str) -> None:
+def finish(
+    run: Run, folder: RunFolder, act: Callable[..., Acted], state: TrainState, state_hash: str
+) -> None:
     """The final table, and the page to look at."""
-    figure_three(run, folder, evaluate.evaluated_weights(run.config, state))
+    figure_three(run, folder, act, evaluate.evaluated_weights(run.config, state))
     if not distributed.is_main():
         return
     last = run.config.train.epochs

@@ -108,7 +108,7 @@ def train(config: Config, folder: RunFolder, checkpoints: Checkpoints, stop: Sto
         if not checkpoints.wait():
             raise StorageError(f"{checkpoints.path}: the last checkpoint could not be written")
     with Heartbeat("writing the report"):
-        record.finish(run, folder, loop.state, manifest.state_hash(loop.state))
+        record.finish(run, folder, programs.act, loop.state, manifest.state_hash(loop.state))
 
 
 class Programs:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from smart_grpo_jax.core.errors import UserError, nearest
 from smart_grpo_jax.models import published
 from smart_grpo_jax.models.attention import attend
+from smart_grpo_jax.models.initializers import SMALL
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -165,9 +166,8 @@ class CLIPText(nn.Module):
     def __call__(self, ids: Int[Array, "b s"]) -> CLIPOutput:
         """Causal attention, no padding mask: the pipelines give none."""
         c, length = self.config, ids.shape[1]
-        init = nn.initializers.normal(0.02)
-        table = self.param("token_embedding", init, (c.vocab_size, c.hidden_size))
-        positions = self.param("position_embedding", init, (c.max_position_embeddings, c.hidden_size))
+        table = self.param("token_embedding", SMALL, (c.vocab_size, c.hidden_size))
+        positions = self.param("position_embedding", SMALL, (c.max_position_embeddings, c.hidden_size))
         x = table[ids].astype(self.dtype) + positions[:length].astype(self.dtype)
         mask = np.triu(np.full((length, length), np.finfo(np.float32).min, np.float32), 1)[None, None]
         x, penultimate = Encoder(c, self.dtype, name="encoder")(x, jnp.asarray(mask))

@@ -14,10 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from smart_grpo_jax.core.errors import UserError
-
-XAVIER = nn.initializers.xavier_uniform()
-SMALL = nn.initializers.normal(0.02)
-"""Modulations and the output start near zero, so that a fresh network starts near the identity."""
+from smart_grpo_jax.models.initializers import LECUN, SMALL, ZEROS
 
 
 class Embedding(nn.Module):
@@ -90,8 +87,8 @@ class PatchKernel(nn.Module):
         """Features of a patch are ordered (row, column, channel), as in an HWIO kernel."""
         c, dtype = self.build.config, self.build.dtype
         shape = (c.patch_size, c.patch_size, c.in_channels, c.width)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(dtype)
-        bias = self.param("bias", nn.initializers.zeros, (c.width,)).astype(dtype)
+        kernel = self.param("kernel", LECUN, shape).astype(dtype)
+        bias = self.param("bias", ZEROS, (c.width,)).astype(dtype)
         return patches.astype(dtype) @ kernel.reshape(-1, c.width) + bias
 
 

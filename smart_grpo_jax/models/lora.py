@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from smart_grpo_jax.core.errors import UserError
 from smart_grpo_jax.core.types import PyTree
+from smart_grpo_jax.models.initializers import LECUN, ZEROS
 
 SD3_TARGETS: tuple[str, ...] = (
     r"/attn/to_q$",
@@ -61,7 +62,7 @@ class LoRADense(nn.Module):
     lora: LoRA = LoRA()
     use_bias: bool = True
     dtype: Any = jnp.float32
-    kernel_init: Any = nn.initializers.lecun_normal()
+    kernel_init: Any = LECUN
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b n"]) -> Float[Array, "*b f"]:
@@ -70,7 +71,7 @@ class LoRADense(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         y = x @ kernel.astype(self.dtype)
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+            y = y + self.param("bias", ZEROS, (self.features,)).astype(self.dtype)
         if self.lora.adapts(self.path):
             rank = self.lora.rank
             a = self.variable("lora", "a", jnp.zeros, (x.shape[-1], rank)).value

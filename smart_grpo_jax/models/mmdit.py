@@ -20,7 +20,8 @@ from jaxtyping import Array, Float
 from smart_grpo_jax.core.errors import UserError, nearest
 from smart_grpo_jax.models import published
 from smart_grpo_jax.models.attention import attend
-from smart_grpo_jax.models.embeddings import SMALL, XAVIER, PatchEmbed, TimeTextEmbed
+from smart_grpo_jax.models.embeddings import PatchEmbed, TimeTextEmbed
+from smart_grpo_jax.models.initializers import ONES, SMALL, XAVIER
 from smart_grpo_jax.models.lora import SD3_TARGETS, LoRA, LoRADense
 
 
@@ -114,7 +115,7 @@ class HeadNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b s h d"]) -> Float[Array, "b s h d"]:
         """Float32 inside; the dtype of x outside."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        scale = self.param("scale", ONES, (x.shape[-1],))
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)
         return (y * scale.astype(jnp.float32)).astype(x.dtype)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from smart_grpo_jax.core.errors import UserError
 from smart_grpo_jax.models import published
 from smart_grpo_jax.models.attention import attend
+from smart_grpo_jax.models.initializers import CONVOLUTION, ONES, ZEROS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +77,8 @@ class GroupNorm(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """(x - mean)/√(var + 1e-6)·scale + bias, over the pixels and the channels of a group."""
         channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        scale = self.param("scale", ONES, (channels,))
+        bias = self.param("bias", ZEROS, (channels,))
         x = x.astype(jnp.float32)
         x = x - self.group_mean(x)
         factor = scale.astype(jnp.float32) * jax.lax.rsqrt(self.group_mean(jnp.square(x)) + 1e-6)
@@ -108,15 +109,13 @@ class Parts(nn.Module):
             padding=padding,
             dtype=self.dtype,
             name=name,
-            kernel_init=KERNEL,
+            kernel_init=CONVOLUTION,
+            bias_init=ZEROS,
         )
 
     def normalisation(self, name: str) -> GroupNorm:
         """The group normalisation of this model."""
         return GroupNorm(self.config.norm_num_groups, self.dtype, name=name)
-
-
-KERNEL = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
 class Resnet(Parts):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from smart_grpo_jax.core.types import Conditioning, DecodeFn, PyTree, ScoreFn, VelocityFn
+from smart_grpo_jax.core.types import Conditioning, DecodeFn, PyTree, ScoreFn, Scores, VelocityFn
 from smart_grpo_jax.maths import rng, search, transition
 
 
@@ -198,12 +198,21 @@ def _search_step(
             return jax.vmap(one)(states)
         return jax.lax.map(one, states, batch_size=shape.chunk)
 
-    blank = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(run))
+    none = lambda state: _search_one(_no_work(fns), shape, params, knobs, batch, j, state)
+    blank = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(jax.vmap(none), states))
     best, found = jax.lax.cond(knobs.searched[j], run, lambda: blank)
     use = knobs.searched[j] & knobs.execute_search
     grid = noise.reshape(groups, members, *noise.shape[1:])
     best = jnp.where(use, best.reshape(groups, few, *noise.shape[1:]), grid[:, :few])
     return grid.at[:, :few].set(best).reshape(noise.shape), found
+
+
+def _no_work(fns: Functions) -> Functions:
+    """Stand-ins of the same shapes: what a search returns is known without tracing the networks again."""
+    score = lambda params, images, ctx, t: Scores(jnp.zeros(len(images)), jnp.ones(len(images), bool), {})
+    return dataclasses.replace(
+        fns, search_velocity=lambda params, x, t, cond: x, decode=lambda params, z: z, search_score=score
+    )
 
 
 def _search_one(
