@@ -158,7 +158,8 @@ def summary(run: Run, state: TrainState, path: Path, epoch: int, resumed: bool) 
     negatives = "" if config.sampler.guidance == 1 else f", guidance {config.sampler.guidance:g}"
     known = len(set(run.prompts.prompts))
     return [
-        ("run", f"{path} ({f'resumed after epoch {epoch}' if resumed else 'fresh'})"),
+        ("run", str(path)),
+        ("start", f"resumed after epoch {epoch}" if resumed else "fresh"),
         ("model", f"{config.model.path}, {count(run.frozen['params']):,} parameters, {config.model.dtype}"),
         ("trained", f"{count(state.params):,} parameters ({config.adapter.kind})"),
         ("devices", f"{local_devices_summary()}; mesh {dict(run.mesh.shape)}"),
@@ -185,7 +186,7 @@ def one_step_decodes(
     texts = texts[:size]
     knobs = traced.rollout_knobs(run.config, run.times, 0)
     knobs = knobs._replace(seed=jnp.uint32(evaluate.EVAL_SEED), execute_search=jnp.asarray(True))
-    batch, _ = assemble.make_batch(run, texts, size, run.reward, range(size))
+    batch, _ = assemble.make_batch(run, texts, size, run.reward, range(len(texts)))
     params = run.rollout_params(trainable)
 
     @jax.jit

@@ -24,6 +24,8 @@ def spy(loop, programs):
     return acted, masks, batch
 
 train.act = spy
+train.evaluation_due = lambda config, epoch: False  # one program less to compile, three times
+train.record.finish = lambda *arguments: None
 code = main.main(sys.argv[1:])
 print(json.dumps({"code": code, "devices": jax.device_count(), "seen": seen}))
 """
