@@ -296,6 +296,11 @@ class Pipeline:
         )
 
 
+def pipeline_folder(path: str | Path) -> Path:
+    """Where a pipeline lies: "shapes" is the one inside this package."""
+    return Path(shapes.__file__).parent / "pipeline" if str(path) == "shapes" else Path(path)
+
+
 def load_pipeline(
     path: str | Path,
     dtype: str = "float32",
@@ -310,7 +315,7 @@ def load_pipeline(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype: got {dtype!r}, {nearest(dtype, DTYPES)}")
-    root = Path(shapes.__file__).parent / "pipeline" if str(path) == "shapes" else Path(path)
+    root = pipeline_folder(path)
     classes = folder.components(root)
     configs = {name: folder.read_config(root, name, kind) for name, kind in classes.items()}
     params = {}
