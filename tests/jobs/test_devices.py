@@ -1,5 +1,6 @@
 """The number of devices changes the speed of a run and nothing else."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -39,9 +40,11 @@ OVERRIDES = (
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
+    """What happened with so many devices; each number is run once, when it is first asked for."""
     folder = tmp_path_factory.mktemp("devices")
-    found = {}
-    for devices in (1, 2, 4):
+
+    @functools.cache
+    def run(devices):
         path = folder / str(devices)
         done = subprocess.run(
             [sys.executable, "-c", PROBE, *tiny_run.command(path, *OVERRIDES)],
@@ -52,21 +55,25 @@ def runs(tmp_path_factory):
         assert done.returncode == 0, done.stderr
         told = json.loads(done.stdout.splitlines()[-1])
         assert (told["code"], told["devices"]) == (0, devices), done.stderr
-        found[devices] = told["seen"], tiny_run.read(path)
-    return found
+        return told["seen"], tiny_run.read(path)
+
+    return run
 
 
-@pytest.mark.parametrize("devices", [2, 4])
+DEVICES = pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 4])
+
+
+@DEVICES
 def test_prompts_and_noise_are_the_same_to_the_bit(runs, devices):
-    assert runs[devices][0] == runs[1][0]
-    assert [images for *_, images in runs[1][0]] == [9, 9, 9]
+    assert runs(devices)[0] == runs(1)[0]
+    assert [images for *_, images in runs(1)[0]] == [9, 9, 9]
 
 
-@pytest.mark.parametrize("devices", [2, 4])
+@DEVICES
 def test_what_is_learned_is_the_same(runs, devices):
-    ours, theirs = ([row["train/reward"] for row in runs[n][1][1:]] for n in (1, devices))
+    ours, theirs = ([row["train/reward"] for row in runs(n)[1][1:]] for n in (1, devices))
     assert len(set(ours)) == 3
     # other batch sizes per device round otherwise, a last bit per layer and step
     np.testing.assert_allclose(theirs, ours, atol=1e-5)
-    costs = [[row["nfe/velocity"] for row in runs[n][1]] for n in (1, devices)]
+    costs = [[row["nfe/velocity"] for row in runs(n)[1]] for n in (1, devices)]
     assert costs[0] == costs[1]

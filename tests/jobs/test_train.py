@@ -124,7 +124,7 @@ VARIANTS = {
 }  # fmt: skip
 
 
-QUICK = ("half searched; nft on adapters, guided", "local")
+QUICK = ("half searched; nft on adapters, guided",)
 """The others are slow, and the parts that they join are tested on a toy policy in tests/policy."""
 
 

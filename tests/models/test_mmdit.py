@@ -106,6 +106,7 @@ def gradient(net, params, batch):
     return jax.jit(jax.grad(loss))(params)
 
 
+@pytest.mark.slow
 def test_rematerialisation_keeps_the_gradient():
     config = MMDiTConfig.from_json(TINY)
     params, batch = random_params(config), inputs(config, 2, 2)
