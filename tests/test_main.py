@@ -137,6 +137,10 @@ MISTAKES = {
         override("search.credit=local", "sampler.window.kind=random"), "sampler.window.kind", "got random"),
     "credit without likelihood": (
         override("search.credit=offset", "train.loss=nft"), "search.credit", "got offset"),
+    "density without likelihood": (
+        override("train.log_prob=unnormalised", "train.loss=nft"), "train.log_prob", "got unnormalised"),
+    "weights of steps without steps": (
+        override("train.step_weight=guard", "train.loss=awm"), "train.step_weight", "wanted uniform"),
     "credit of parts": (override(*SPLIT, "train.adv_combine=normalise"), "train.adv_combine", "normalise"),
     "ode without noise": (
         override("sampler.transition=ode", "search.rounds=0"), "sampler.transition", "train.loss = ppo"),

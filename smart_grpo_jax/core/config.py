@@ -133,7 +133,7 @@ class Train:
     inner_epochs: int = option(1, "passes over an epoch's images", low=1)
     loss: str = option("ppo", "policy loss", choices=("ppo", "guard", "nft", "awm"))
     log_prob: str = option("gaussian", "density of a step", choices=("gaussian", "unnormalised"))
-    clip: float = option(1e-4, "ratio clip", above=0)
+    clip: float = option(0.0, "ratio clip; 0: as published for the loss (ppo 1e-4, guard 2e-6, awm 1)", low=0)
     adv_clip: float = option(5.0, "advantage clip", above=0)
     adv_scope: str = option("global", "std of the advantages", choices=("global", "group"))
     adv_combine: str = option(

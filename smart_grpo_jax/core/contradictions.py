@@ -92,6 +92,16 @@ RULES: tuple[tuple[Any, str], ...] = (
         "train.log_prob: got {c.train.log_prob}, wanted gaussian with train.loss = guard",
     ),
     (
+        lambda c: c.train.loss not in _LIKELIHOOD and c.train.log_prob != "gaussian",
+        "train.log_prob: got {c.train.log_prob}, wanted gaussian with train.loss = {c.train.loss}, which "
+        "has no density",
+    ),
+    (
+        lambda c: c.train.loss not in _LIKELIHOOD and c.train.step_weight != "uniform",
+        "train.step_weight: got {c.train.step_weight}, wanted uniform with train.loss = {c.train.loss}, "
+        "which draws its own times",
+    ),
+    (
         lambda c: c.search.credit == "local" and _searched(c) and c.sampler.window.kind in MOVING,
         "sampler.window.kind: got {c.sampler.window.kind}, wanted all, fraction or fixed with "
         "search.credit = local",

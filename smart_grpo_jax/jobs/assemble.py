@@ -230,7 +230,8 @@ def joined(reward: base.Reward, extra: Mapping[str, Any]) -> base.Reward:
     """The training reward with more parts beside it: evaluation's view. Its value stays the training one."""
     if not extra:
         return reward
-    held = mixture.mixture({k: 1.0 if v == 0 else v for k, v in extra.items()})
+    # only the parts are looked at, and those are before the weights
+    held = mixture.mixture({k: {**mixture.options_of(v), "weight": 1.0} for k, v in extra.items()})
 
     def score(params: PyTree, images: Any, ctx: PyTree, t: Any = None) -> Scores:
         value = reward.score(params[0], images, ctx[0], t)

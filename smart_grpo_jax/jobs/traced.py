@@ -14,6 +14,9 @@ from smart_grpo_jax.core.contradictions import elite_count
 from smart_grpo_jax.maths import search, transition, weights, window
 from smart_grpo_jax.policy import credit, rollout, update
 
+PUBLISHED_CLIPS = {"ppo": 1e-4, "guard": 2e-6, "awm": 1.0, "nft": 1.0}
+"""Ratio clips where `train.clip` is 0; NFT has no ratio."""
+
 DEFAULT_ROUNDS = 5
 """Rounds that the program is compiled for when `search.rounds` is 0 and the search is never taken."""
 
@@ -109,7 +112,7 @@ def update_knobs(config: Config, times: np.ndarray, epoch: int) -> update.Knobs:
         learning_rate=jnp.float32(t.learning_rate),
         weight_decay=jnp.float32(t.weight_decay),
         warmup=jnp.float32(t.warmup),
-        clip=jnp.float32(t.clip),
+        clip=jnp.float32(t.clip or PUBLISHED_CLIPS[t.loss]),
         kl_weight=jnp.float32(t.kl_weight),
         ema_decay=jnp.float32(t.ema.decay),
     )
