@@ -117,7 +117,10 @@ def _override_table(node: Any, part: str, rest: list[str], text: str, here: str)
 
 def weight_of(entry: Any) -> float:
     """The weight in a row of a reward table: a number, or a table of options with `weight` (default 1)."""
-    return float(entry.get("weight", 1.0)) if isinstance(entry, Mapping) else float(entry)
+    weight = entry.get("weight", 1.0) if isinstance(entry, (Mapping, ConfigDict)) else entry
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        raise UserError(f"reward weight: got {weight!r}, want a finite number")
+    return float(weight)
 
 
 def _types(cls: type) -> dict[str, Any]:

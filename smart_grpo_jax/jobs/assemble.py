@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from smart_grpo_jax.core import schema
 from smart_grpo_jax.core.config import Config, searched_steps
 from smart_grpo_jax.core.contradictions import MOVING
 from smart_grpo_jax.core.errors import UserError
@@ -186,7 +187,7 @@ def recipe(config: Config) -> update.Recipe:
 def rule(config: Config) -> credit.Rule:
     """The static part of the credit."""
     t = config.train
-    weights = {name: mixture.weight_of(entry) for name, entry in config.rewards.items()}
+    weights = {name: schema.weight_of(entry) for name, entry in config.rewards.items()}
     return credit.Rule(
         kind=config.search.credit
         if searched_steps(config) or config.search.credit == "difference"

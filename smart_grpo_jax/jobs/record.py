@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from smart_grpo_jax.core import schema
 from smart_grpo_jax.core.config import searched_steps
 from smart_grpo_jax.core.types import TrainState
 from smart_grpo_jax.jobs import assemble, evaluate, report, traced
@@ -169,7 +170,7 @@ def summary(run: Run, state: TrainState, path: Path, epoch: int, resumed: bool) 
         ("search", search),
         ("learning", f"{config.train.loss}, {config.train.epochs} epochs × "
                      f"{run.recipe.updates * run.recipe.passes} updates, lr {config.train.learning_rate:g}"),
-        ("rewards", ", ".join(f"{k} {assemble.mixture.weight_of(v):g}" for k, v in config.rewards.items())),
+        ("rewards", ", ".join(f"{k} {schema.weight_of(v):g}" for k, v in config.rewards.items())),
         ("per epoch", f"{price['velocity']:,} network calls, {price['backward']:,} backward, "
                       f"{price['decode']:,} decodes"),
     ]  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,16 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from smart_grpo_jax.core.errors import UserError
+from smart_grpo_jax.core.schema import weight_of
 from smart_grpo_jax.core.types import PyTree, Scores
 from smart_grpo_jax.rewards import base
-
-
-def weight_of(entry: Any) -> float:
-    """The weight in an entry of a mixture: the entry itself, or `weight` of its table (1 if unsaid)."""
-    weight = entry.get("weight", 1.0) if isinstance(entry, Mapping) or hasattr(entry, "get") else entry
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-        raise UserError(f"reward weight: got {weight!r}, want a finite number")
-    return float(weight)
 
 
 def options_of(entry: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from smart_grpo_jax.core import schema
 from smart_grpo_jax.core.errors import UserError
 from smart_grpo_jax.core.types import Scores
 from smart_grpo_jax.rewards import base, mixture
@@ -123,8 +124,8 @@ def test_a_summand_of_weight_zero_is_logged_and_cannot_fail_the_rest(redness):
 
 
 def test_a_table_without_a_weight_weighs_one():
-    assert mixture.weight_of({"quality": 50}) == 1.0
-    assert mixture.weight_of(2) == 2.0
+    assert schema.weight_of({"quality": 50}) == 1.0
+    assert schema.weight_of(2) == 2.0
     assert mixture.options_of({"weight": 2, "quality": 50}) == {"quality": 50}
 
 
