@@ -83,7 +83,7 @@ def test_our_folder_loads_in_diffusers_and_gives_the_same_images(tiny, theirs, o
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("guidance", [1.0, 4.5])
+@pytest.mark.parametrize("guidance", [pytest.param(1.0, marks=pytest.mark.slow), 4.5])
 def test_the_shipped_pipeline_loads_in_diffusers_and_gives_the_same_images(oracle, guidance):
     import diffusers
 

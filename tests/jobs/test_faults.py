@@ -131,7 +131,7 @@ PHASES = {
 }
 
 
-SLOW = ("update", "save", "loading", "first evaluation", "evaluation")
+SLOW = ("loading", "first evaluation", "rollout", "update", "save")
 
 
 @pytest.mark.parametrize(
@@ -154,6 +154,7 @@ def test_a_signal_saves_and_ends_and_the_same_command_goes_on(server, short, pha
     assert not list(folder.glob("metrics.lost-*"))
 
 
+@pytest.mark.slow
 def test_the_second_start_on_a_folder_is_told_who_owns_it(server, short, tmp_path):
     want_lines, want_state, *_ = short
     folder, log = tmp_path / "run", tmp_path / "log.txt"

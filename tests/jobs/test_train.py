@@ -70,6 +70,7 @@ def test_every_line_tells_reward_cost_and_health(whole):
     assert rows[3]["nfe/images"] == 3 * images
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes(whole, tmp_path):
     folder, _ = whole
     assert tiny_run.run(tmp_path / "again") == 0
