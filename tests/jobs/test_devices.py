@@ -60,7 +60,8 @@ def runs(tmp_path_factory):
     return run
 
 
-DEVICES = pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 4])
+pytestmark = pytest.mark.slow  # every number of devices compiles its own programs
+DEVICES = pytest.mark.parametrize("devices", [2, 4])
 
 
 @DEVICES
