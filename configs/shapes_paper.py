@@ -3,7 +3,7 @@
 For      what Algorithm 1 does when it is read literally, beside shapes.py and shapes_flow_grpo.py.
 Hardware 2 CPU cores, under 3 GB.
 Command  python -m smart_grpo_jax.main --config configs/shapes_paper.py
-Expect   see the table in README.md.
+Expect   graded .536 -> .554 after 12 epochs and 10 minutes: no difference shown, one seed.
 
 Candidates perturb the state itself and are decoded at its own time; 5 rounds of 5, the better half kept,
 the mean executed; all members searched, at the late steps (t ≤ 0.61, where the paper finds the one-step
