@@ -111,7 +111,8 @@ def test_kills_do_not_change_a_bit(server, short, kills, tmp_path):  # `short` h
         time.sleep(clock.uniform(0, 2 * pace))  # anywhere: rollout, update, evaluation, save
         os.kill(pid, signal.SIGKILL)
         assert server.wait() == -signal.SIGKILL, log.read_text()
-    assert resumed == sorted(resumed) and resumed[-1] >= kills - 1
+    # never backwards; and ten kills have fallen between several checkpoints
+    assert resumed == sorted(resumed) and (kills == 2 or len(set(resumed)) >= 3)
     assert server.run(argv, log) == 0, log.read_text()
     assert tiny_run.timeless(folder) == want_lines
     assert tiny_run.state_hash(folder) == want_state
