@@ -118,7 +118,8 @@ def test_kills_do_not_change_a_bit(server, short, kills, tmp_path):  # `short` h
     assert tiny_run.state_hash(folder) == want_state
     told = log.read_text()
     assert "Traceback" not in told and "WARNING" not in told  # a kill damages nothing
-    assert len((folder / "command.txt").read_text().splitlines()) == kills + 1
+    # a life that ends while it is loading leaves no line
+    assert 2 <= len((folder / "command.txt").read_text().splitlines()) <= kills + 1
     assert not [p for p in (folder / "checkpoints").iterdir() if not p.name.isdigit()]
 
 
