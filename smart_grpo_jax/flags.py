@@ -5,7 +5,9 @@ absl's and ml_collections' own parsers answer a mistake with a traceback; here i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 
 from smart_grpo_jax.core.errors import UserError, nearest
@@ -20,14 +22,23 @@ class Flags:
     mode: str = "train"
     prompts: str | None = None
     seed: int = 0
+    seeds: int = 1
+    size: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    lora: str | None = None
+    weights: str | None = None
+    format: str | None = None
+    batch: int = 8
     epoch: int | None = None
     out: str | None = None
     help: bool = False
     overrides: tuple[tuple[str, str], ...] = ()
 
 
-NAMES = ("config", "workdir", "mode", "prompts", "seed", "epoch", "out")
-WHOLE = ("seed", "epoch")
+WHOLE = ("seed", "seeds", "steps", "batch", "epoch")
+NUMBERS = ("guidance",)
+NAMES = ("config", "workdir", "mode", "prompts", "size", "lora", "weights", "format", "out", *WHOLE, *NUMBERS)
 
 
 def parse(argv: Sequence[str], modes: Iterable[str]) -> Flags:
@@ -55,7 +66,8 @@ def parse(argv: Sequence[str], modes: Iterable[str]) -> Flags:
     mode = values.get("mode", "train")
     if mode not in modes:
         raise UserError(f'--mode: got "{mode}" ({nearest(mode, modes)})')
-    numbers = {name: _whole(name, values.pop(name)) for name in WHOLE if name in values}
+    numbers: dict[str, float] = {name: _whole(name, values.pop(name)) for name in WHOLE if name in values}
+    numbers |= {name: _number(name, values.pop(name)) for name in NUMBERS if name in values}
     return Flags(**values, **numbers, overrides=tuple(overrides))  # type: ignore[arg-type]
 
 
@@ -63,3 +75,10 @@ def _whole(name: str, text: str) -> int:
     if not text.isdigit():
         raise UserError(f'--{name}: got "{text}", wanted a whole number ≥ 0')
     return int(text)
+
+
+def _number(name: str, text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if math.isfinite(value := float(text)):
+            return value
+    raise UserError(f'--{name}: got "{text}", wanted a number')

@@ -19,13 +19,16 @@ from smart_grpo_jax.core.config import Config
 from smart_grpo_jax.core.errors import UserError, nearest
 from smart_grpo_jax.flags import Flags, parse
 
-USAGE = """python -m smart_grpo_jax.main --config=FILE [--workdir=DIR] [--mode=MODE] [--config.a.b=value …]
+USAGE = """python -m smart_grpo_jax.main --config=FILE[:WORDS] [--workdir=DIR] [--mode=M] [--config.a.b=v …]
 
 modes:
   train     (default) train, evaluate, write report.html; the same command again goes on where it stopped
   eval      newest checkpoint of --workdir against the base, on equal noise      [--epoch=N]
-  sample    pictures: --prompts="a|b" or --prompts=FILE  [--seed=N] [--epoch=N] [--out=DIR]
+  sample    pictures: --prompts="a|b" or --prompts=FILE  [--seed=N] [--seeds=N] [--size=H or HxW] [--steps=N]
+            [--guidance=G] [--lora=FILE or DIR] [--batch=N] [--epoch=N] [--out=DIR]
             (--config.eval.search=true searches the noise while sampling)
+  export    a checkpoint for diffusers, peft and JAX  [--format=lora|full|orbax|all] [--weights=ema|raw]
+            [--epoch=N] [--out=DIR]
   pretrain  make the embedded world's pipeline from nothing                      [--out=DIR]
   report    write report.html again from what the run folder holds
   doctor    what this machine has, and a self-test of a second
@@ -68,14 +71,20 @@ def load_config(flags: Flags) -> Config:
     return config
 
 
-def run_file(path: str) -> ConfigDict:
-    """The ConfigDict that a config file makes; whatever goes wrong in it is one line."""
+def run_file(given: str) -> ConfigDict:
+    """The ConfigDict that a config file makes; whatever goes wrong in it is one line.
+
+    `FILE:words` hands the words to its `get_config`, as ml_collections' flags do.
+    """
+    path, colon, words = given, "", ""
+    if not os.path.isfile(given):
+        path, colon, words = given.rpartition(":") if ":" in given else (given, "", "")
     if not os.path.isfile(path):
         near = nearest(path, [str(p) for p in Path("configs").glob("*.py")] or ["configs/shapes.py"])
         raise UserError(f"--config: no file {path} ({near})")
     try:
         names = runpy.run_path(path)
-        values = names["get_config"]() if "get_config" in names else None
+        values = names["get_config"](*([words] if colon else [])) if "get_config" in names else None
     except UserError:
         raise
     except Exception as error:
@@ -89,7 +98,8 @@ def run_file(path: str) -> ConfigDict:
 
 def workdir(flags: Flags) -> str:
     """The run folder: given, or runs/<config name>."""
-    return flags.workdir or str(Path("runs") / Path(flags.config or "default").stem)
+    name = Path(flags.config or "default").name.replace(".py", "")
+    return flags.workdir or str(Path("runs") / name.replace(":", "-").replace(",", "-"))
 
 
 def _start() -> None:
@@ -124,7 +134,28 @@ def _sample(config: Config, flags: Flags, argv: Sequence[str]) -> None:
     _start()
     from smart_grpo_jax.jobs import sample
 
-    sample.job(config, workdir(flags), flags.prompts, flags.seed, flags.epoch, flags.out)
+    wanted = sample.Wanted(
+        prompts=flags.prompts,
+        seed=flags.seed,
+        seeds=flags.seeds,
+        size=sample.pixels(flags.size),
+        steps=flags.steps,
+        guidance=flags.guidance,
+        lora=flags.lora,
+        batch=flags.batch,
+        epoch=flags.epoch,
+        out=flags.out,
+    )
+    sample.job(config, workdir(flags), wanted)
+
+
+def _export(config: Config, flags: Flags, argv: Sequence[str]) -> None:
+    _start()
+    from smart_grpo_jax.jobs import export
+
+    export.job(
+        config, workdir(flags), epoch=flags.epoch, weights=flags.weights, form=flags.format, out=flags.out
+    )
 
 
 def _pretrain(config: Config, flags: Flags, argv: Sequence[str]) -> None:
@@ -151,12 +182,13 @@ MODES: dict[str, Callable[[Config, Flags, Sequence[str]], Any]] = {
     "train": _train,
     "eval": _eval,
     "sample": _sample,
+    "export": _export,
     "pretrain": _pretrain,
     "report": _report,
     "doctor": _doctor,
 }
-CHECKED = ("train", "eval", "sample")
-NEED_NO_CONFIG = ("doctor", "pretrain", "report")
+CHECKED = ("train", "eval", "sample", "export")
+NEED_NO_CONFIG = ("doctor", "pretrain", "report", "sample")
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

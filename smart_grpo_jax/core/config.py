@@ -21,10 +21,11 @@ from smart_grpo_jax.core.schema import option, section
 class Model:
     """Which pipeline is trained."""
 
-    path: str = option("shapes", "a diffusers folder, or `shapes` (the embedded world)")
+    path: str = option("shapes", "a diffusers folder, a hub id in the local cache, or `shapes`")
     resolution: int = option(0, "image side in pixels; 0 is the model's own", low=0)
     dtype: str = option("float32", "compute type of the networks", choices=("float32", "bfloat16"))
-    t5_length: int = option(256, "T5 tokens per prompt (256: diffusers; 128: Flow-GRPO)", low=1)
+    t5_length: int = option(256, "T5 tokens per prompt (256: diffusers; 128: Flow-GRPO)", low=1, high=512)
+    tiling: bool = option(False, "decode large images in overlapping tiles: less memory, other pixels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Adapter:
     rank: int = option(32, "rank of the adapter", low=1)
     alpha: float = option(64.0, "adapter scale is alpha / rank", above=0)
     targets: tuple[str, ...] = option((), "module patterns; empty: the published list")
+    init: str = option("", "LoRA file or folder to start from (diffusers, peft, flow_grpo)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,9 @@ class Prompts:
     groups: int = option(48, "prompts per epoch", low=1)
     members: int = option(24, "images per prompt", low=2)
     negative: str = option("", "negative prompt of guidance")
+    cache: str = option(
+        "auto", "folder of prompt embeddings; auto: the user's cache, but none for `shapes`; off: memory only"
+    )
     same_latent: bool = option(False, "all members of a group start from the same noise")
 
 
@@ -70,7 +75,9 @@ class Sampler:
     eval_steps: int = option(40, "ODE steps of an evaluation", low=1, high=1000)
     guidance: float = option(4.5, "classifier-free guidance of the policy; 1 is off", low=0)
     eval_guidance: float = option(4.5, "guidance of an evaluation", low=0)
-    schedule: str = option("sd3", "time grid", choices=("sd3", "linspace", "flux"))
+    schedule: str = option(
+        "model", "time grid; model: the pipeline's own", choices=("model", "sd3", "linspace", "flux")
+    )
     shift: float = option(0.0, "shift of the time grid; 0 is the model's own", low=0)
     transition: str = option("flow", "stochastic step", choices=("ode", "flow", "dance", "cps"))
     noise_level: float = option(0.7, "a of Flow-SDE and CPS, eta of Dance", low=0, high=2)

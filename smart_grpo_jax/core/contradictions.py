@@ -192,6 +192,10 @@ RULES: tuple[tuple[Any, str], ...] = (
         "memory.rollout: got {c.memory.rollout}, wanted a divisor of prompts.groups = {c.prompts.groups}",
     ),
     (
+        lambda c: c.adapter.init and c.adapter.kind == "full",
+        "adapter.init: got {c.adapter.init}, wanted none with adapter.kind = full",
+    ),
+    (
         lambda c: _weightless(c.rewards),
         "rewards: got no reward with a weight, wanted at least one",
     ),

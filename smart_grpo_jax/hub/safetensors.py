@@ -1,17 +1,20 @@
-"""Safetensors files: read tensor by tensor, written through a temporary name.
+"""Safetensors files: read tensor by tensor or in rows, written through a temporary name.
 
 A folder holds `<base>.safetensors`, or shards with `<base>.safetensors.index.json`. Nothing is globbed:
 published folders hold half-precision variants and single-file checkpoints beside them. Nothing here can
-run code from a file.
+run code from a file. The library proves a header sound; the bytes are then read with plain reads, since
+pages of a memory map count as memory of this process until the system takes them back.
 """
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -29,60 +32,124 @@ DTYPES: Mapping[str, np.dtype] = {
 }
 
 
+class Span(NamedTuple):
+    """Where a tensor lies: its file, its dtype and shape, the first byte."""
+
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+
+
 class Tensors:
-    """The tensors of one model, in one file or several, read one at a time on demand."""
+    """The tensors of one model, in one file or several, read on demand."""
 
     def __init__(self, path: Path) -> None:
         """Open a `.safetensors` file, or a `.safetensors.index.json` with its shards."""
         self.path = path
-        self.shards = shards_of(path)
-        self.where: dict[str, str] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.open = contextlib.ExitStack()
-        self.handles = {}
-        for name in sorted(set(self.shards.values())) if self.shards else [path.name]:
-            self._add(path.parent / name)
-        for key, name in self.shards.items():
-            if self.where.get(key) != name:
+        shards = shards_of(path)
+        self.spans: dict[str, Span] = {}
+        self.remarks: dict[str, str] = {}
+        for name in sorted(set(shards.values())) if shards else [path.name]:
+            spans, remarks = header(path.parent / name)
+            self.spans |= spans
+            self.remarks |= remarks
+        for key, name in shards.items():
+            if key not in self.spans or self.spans[key].file.name != name:
                 raise UserError(f"{path.name}: says that {key!r} is in {name}, which lacks it")
-
-    def _add(self, file: Path) -> None:
-        """Read the header of one file."""
-        if not file.is_file():
-            raise UserError(f"{file}: no such file")
-        try:
-            handle = self.handles[file.name] = self.open.enter_context(safe_open(file, "np"))
-            for key in handle.keys():
-                part = handle.get_slice(key)
-                if part.get_dtype() not in DTYPES:
-                    known = nearest(part.get_dtype(), DTYPES)
-                    raise UserError(f"{file.name}: {key!r} has dtype {part.get_dtype()}, {known}")
-                self.where[key], self.shapes[key] = file.name, tuple(part.get_shape())
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{file}: not a whole safetensors file ({error})") from error
 
     def keys(self) -> set[str]:
         """All keys."""
-        return set(self.where)
+        return set(self.spans)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape of a tensor, from the header."""
-        return self.shapes[key]
+        return self.spans[key].shape
+
+    def dtype(self, key: str) -> np.dtype:
+        """The type of a tensor, from the header."""
+        return self.spans[key].dtype
 
     def tensor(self, key: str) -> np.ndarray:
         """Read one tensor; bfloat16 arrives as ml_dtypes.bfloat16."""
+        span = self.spans[key]
+        return self._read(key, 0, math.prod(span.shape)).reshape(span.shape)
+
+    def rows(self, key: str, start: int, stop: int) -> np.ndarray:
+        """Read tensor[start:stop] along the first axis."""
+        shape = self.spans[key].shape
+        width = math.prod(shape[1:])
+        return self._read(key, start * width, (stop - start) * width).reshape(-1, *shape[1:])
+
+    def _read(self, key: str, skip: int, count: int) -> np.ndarray:
+        """`count` numbers of a tensor, after the first `skip`."""
+        span = self.spans[key]
+        size = span.dtype.itemsize
+        out = np.empty(count, span.dtype)
+        buffer, done = memoryview(out.view(np.uint8)), 0
         try:
-            return self.handles[self.where[key]].get_tensor(key)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{self.file(key)}: cannot read {key!r} ({error})") from error
+            with open(span.file, "rb", buffering=0) as file:
+                file.seek(span.start + skip * size)
+                while done < len(buffer) and (got := file.readinto(buffer[done:])):
+                    done += got
+        except OSError as error:
+            raise UserError(f"{span.file}: cannot read {key!r} ({error})") from error
+        if done < len(buffer):
+            raise UserError(f"{span.file}: ends inside {key!r}; has it been cut since it was opened?")
+        return out
 
     def metadata(self) -> dict[str, str]:
-        """The header's remarks of the first file."""
-        return next(iter(self.handles.values())).metadata() or {}
+        """The headers' remarks."""
+        return self.remarks
 
     def file(self, key: str) -> str:
         """The path of the file that holds, or should hold, the tensor."""
-        return str(self.path.parent / self.where.get(key, self.path.name))
+        return str(self.spans[key].file if key in self.spans else self.path)
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(math.prod(span.shape) * span.dtype.itemsize for span in self.spans.values())
+
+    def fingerprint(self) -> str:
+        """A hash of every name, type, shape and first kilobyte: other weights give another one, without
+        reading them all."""
+        found = hashlib.sha256()
+        for key in sorted(self.spans):
+            span = self.spans[key]
+            found.update(f"{key} {span.dtype.name} {span.shape}".encode())
+            found.update(self._read(key, 0, min(math.prod(span.shape), 1024 // span.dtype.itemsize)))
+        return found.hexdigest()
+
+
+def header(file: Path) -> tuple[dict[str, Span], dict[str, str]]:
+    """The tensors and the remarks of one file; the library has checked offsets, sizes and the length."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
+    try:
+        with safe_open(file, "np") as proven:
+            keys, remarks = list(proven.keys()), dict(proven.metadata() or {})
+        with open(file, "rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+            entries = json.loads(raw.read(length), object_pairs_hook=without_repeats)
+    except (SafetensorError, OSError, ValueError, RecursionError, OverflowError) as error:
+        raise UserError(f"{file}: not a whole safetensors file ({error})") from error
+    spans = {}
+    for key in keys:
+        entry: Mapping[str, Any] = entries.get(key, {})
+        if entry.get("dtype") not in DTYPES:
+            known = nearest(str(entry.get("dtype")), DTYPES)
+            raise UserError(f"{file.name}: {key!r} has dtype {entry.get('dtype')}, {known}")
+        start = 8 + length + entry["data_offsets"][0]
+        spans[key] = Span(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), start)
+    return spans, remarks
+
+
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; readers disagree on which of two equal keys counts, so neither does."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key appears twice")
+    return found
 
 
 def shards_of(path: Path) -> dict[str, str]:

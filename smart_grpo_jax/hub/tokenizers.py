@@ -1,12 +1,15 @@
-"""CLIP's tokenizer on the light `tokenizers` library, id for id that of transformers' `CLIPTokenizer`.
+"""The tokenizers of CLIP and T5 on the light `tokenizers` library, id for id those of transformers.
 
-A folder holds vocab.json and merges.txt, or a tokenizer.json with both inside. What the end is padded
-with is the file's word: SD3's first tokenizer pads with the end token, its second with "!" (id 0), and
-a "!" in a prompt is then that token too.
+CLIP: a folder holds vocab.json and merges.txt, or a tokenizer.json with both inside. What the end is
+padded with is the file's word: SD3's first tokenizer pads with the end token, its second with "!" (id 0),
+and a "!" in a prompt is then that token too.
+
+T5: a folder holds tokenizer.json, or spiece.model alone.
 """
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -17,6 +20,8 @@ import numpy as np
 from jaxtyping import Int
 
 from smart_grpo_jax.core.errors import UserError
+from smart_grpo_jax.hub import sentencepiece, unigram
+from smart_grpo_jax.hub.unigram import Broken, Unigram
 
 DEFAULTS: Mapping[str, str] = {
     "bos_token": "<|startoftext|>",
@@ -29,6 +34,19 @@ WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p
 
 LONGEST = 4096
 """A model_max_length above this is transformers' way to say that none was given."""
+
+T5_FIXED: Mapping[str, Any] = {
+    "pad_token": "<pad>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "padding_side": "right",
+    "truncation_side": "right",
+    "split_special_tokens": False,
+}
+"""What a T5 folder's config may say of these, and what it means if it says nothing."""
+
+SENTINELS = 1000
+"""The most `<extra_id_…>` that a config may ask for; T5 has 100."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +149,96 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
         return {}
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a JSON file ({error})") from error
     if not isinstance(data, dict):
         raise UserError(f"{path}: got a {type(data).__name__}, wanted a JSON object")
     return data
+
+
+def load_t5_tokenizer(folder: Path, length: int) -> Tokenizer:
+    """The tokenizer of a T5 folder: `</s>` ends every row, also a cut one; id 0 fills it up to `length`."""
+    if not 0 < length <= LONGEST:
+        raise UserError(f"{folder}: t5_length: got {length}, wanted 1 to {LONGEST}")
+    config = {**read_json(folder, "special_tokens_map.json"), **read_json(folder, "tokenizer_config.json")}
+    for name, wanted in T5_FIXED.items():
+        got = text_of(config.get(name))
+        if got is not None and got != wanted:
+            raise UserError(f"{folder}: {name}: got {got!r}, wanted {wanted!r}")
+    backend = t5_backend(folder, config)
+    backend.enable_truncation(length)
+    return Tokenizer(backend, length, unigram.PAD)
+
+
+def t5_backend(folder: Path, config: Mapping[str, Any]) -> Any:
+    """The pieces of tokenizer.json or, where there is none, of spiece.model; and the tokens that are
+    matched whole: those that the files name, the first three, and `<extra_id_…>`."""
+    data, added = read_json(folder, "tokenizer.json"), read_json(folder, "added_tokens.json")
+    source = folder / ("tokenizer.json" if data else "spiece.model")
+    if not source.is_file():
+        raise UserError(f"{folder}: wanted a tokenizer.json or a spiece.model")
+    try:
+        model = t5_json(data) if data else with_sentinels(sentencepiece.read(source), config)
+        declared = declared_tokens(config, added, data)
+        tokens = {token["content"]: token for _, token in declared}
+        for name in [*unigram.FIRST, *model.whole, *special_names(config)]:
+            tokens.setdefault(name, {"content": name, "normalized": False})
+        backend = unigram.pipeline(model, list(tokens.values()))
+        for number, token in declared:
+            if (got := backend.token_to_id(token["content"])) != number:
+                raise Broken(f"{token['content']!r} has id {got}, but a file says {number}")
+    except Exception as error:  # whatever a foreign file leads to, in the library as well
+        raise UserError(f"{source}: not a tokenizer of T5 ({error})") from error
+    return backend
+
+
+def t5_json(data: Mapping[str, Any]) -> Unigram:
+    """The pieces and the normaliser's table of a tokenizer.json."""
+    if data["model"]["type"] != "Unigram":
+        raise Broken(f"model type {data['model']['type']!r}, wanted 'Unigram'")
+    for name in ("padding", "truncation"):
+        if (data.get(name) or {}).get("direction", "Right") != "Right":
+            raise Broken(f"{name} on the left")
+    normaliser = data.get("normalizer") or {}
+    parts = normaliser["normalizers"] if normaliser.get("type") == "Sequence" else [normaliser]
+    tables = [part["precompiled_charsmap"] for part in parts if part.get("type") == "Precompiled"]
+    charsmap = base64.b64decode(tables[0]) if tables else b""
+    return Unigram([(piece, score) for piece, score in data["model"]["vocab"]], charsmap)
+
+
+def with_sentinels(model: Unigram, config: Mapping[str, Any]) -> Unigram:
+    """spiece.model knows no `<extra_id_…>`: they follow its pieces, the last one first."""
+    extra = [(name, 0.0) for name in reversed(sentinels(config))]
+    return model._replace(pieces=[*model.pieces, *extra])
+
+
+def sentinels(config: Mapping[str, Any]) -> list[str]:
+    """The tokens that stood for gaps when T5 was trained."""
+    count = config.get("extra_ids", 100)
+    if not 0 <= count <= SENTINELS:
+        raise Broken(f"extra_ids: got {count}, wanted 0 to {SENTINELS}")
+    return [f"<extra_id_{i}>" for i in range(count)]
+
+
+def special_names(config: Mapping[str, Any]) -> list[str]:
+    """The special tokens beyond the first three: those that are listed, or else the sentinels."""
+    listed = config.get("additional_special_tokens") or config.get("extra_special_tokens") or ()
+    return [text_of(token) for token in listed] or sentinels(config)
+
+
+def declared_tokens(
+    config: Mapping[str, Any], added: Mapping[str, int], data: Mapping[str, Any]
+) -> list[tuple[int, dict[str, Any]]]:
+    """(id, token) in the order of the ids, from the newest of the three places that may hold them."""
+    if "added_tokens_decoder" in config:
+        found = [(int(number), as_token(token)) for number, token in config["added_tokens_decoder"].items()]
+    else:
+        special = {*unigram.FIRST, *special_names(config)}
+        found = [(i, {"content": name, "normalized": name not in special}) for name, i in added.items()]
+        found += [(token["id"], as_token(token)) for token in data.get("added_tokens") or ()]
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def text_of(token: Any) -> Any:
+    """The text of a special token, which files give with or without rules."""
+    return token["content"] if isinstance(token, Mapping) and "content" in token else token

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -22,8 +23,11 @@ from smart_grpo_jax.core.contradictions import MOVING
 from smart_grpo_jax.core.errors import UserError
 from smart_grpo_jax.core.types import Conditioning, PyTree, Scores, TrainState
 from smart_grpo_jax.data import prompts as prompt_data
+from smart_grpo_jax.data.embeddings import Embeddings
+from smart_grpo_jax.hub import adapters
 from smart_grpo_jax.hub import pipeline as hub
-from smart_grpo_jax.jobs import traced
+from smart_grpo_jax.hub.functions import RawVelocity
+from smart_grpo_jax.jobs import embed, traced
 from smart_grpo_jax.maths import rng, schedule
 from smart_grpo_jax.models import lora
 from smart_grpo_jax.policy import credit, rollout, update
@@ -38,6 +42,8 @@ class Run:
     config: Config
     mesh: Mesh
     pipeline: hub.Pipeline
+    embeddings: Embeddings
+    velocity: RawVelocity
     prompts: prompt_data.PromptSet
     eval_items: list[prompt_data.Item]
     reward: base.Reward
@@ -58,42 +64,74 @@ class Run:
         if config.adapter.kind == "full":
             params = jax.tree.map(lambda a: jnp.array(a, jnp.float32), self.frozen["params"])
         else:
-            adapter = self.pipeline.adapter(config.adapter.rank, config.adapter.alpha, targets(config))
+            adapter = self.pipeline.adapter(config.adapter.rank, config.adapter.alpha, config.adapter.targets)
             key = jax.random.fold_in(rng.key(config.seed, "init"), 1)
             params = lora.init_lora(key, *adapter)
+            if config.adapter.init:
+                params = self.started(params)
         return jax.device_put(update.init_state(self.recipe, params), replicated(self.mesh))
+
+    def started(self, fresh: PyTree) -> PyTree:
+        """Adapters that begin where those of `adapter.init` end."""
+        adapter, pipe = self.config.adapter, self.pipeline
+        file = adapters.find(Path(adapter.init))
+        tree = adapters.read(file, pipe.weights_table, pipe.transformer)
+        return adapters.start(file, tree, fresh, adapter.alpha / adapter.rank)
 
     def rollout_params(self, trainable: PyTree) -> dict[str, PyTree]:
         """What `act` takes: the policy with these weights, and the frozen rest."""
         return {"policy": self.policy.bind(self.frozen, trainable), **self.fixed}
 
 
-def assemble(config: Config) -> Run:
-    """Load, build and lay out; the first thing here that touches a device."""
+def assemble(
+    config: Config,
+    items: Sequence[prompt_data.Item] | None = None,
+    lora: str | None = None,
+    training: bool = True,
+) -> Run:
+    """Load, build and lay out; the first thing here that touches a device.
+
+    Prompts are embedded first, and the text encoders are gone before the transformer is loaded. `items`
+    replaces the prompts of an evaluation; the adapters of `lora` are folded into the base; without
+    `training` the prompts of the epochs are left out.
+    """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    pipe = hub.load_pipeline(config.model.path, dtype=config.model.dtype, t5_length=config.model.t5_length)
+    everywhere = replicated(mesh)
+    prompts = prompt_data.load(config.prompts.source)
+    if items is None:
+        items = prompt_data.evaluation_items(prompt_data.load(config.eval.source), config.eval.prompts)
+    epochs = config.train.epochs if training else 0
+    embeddings = embed.embed(config, prompts, [item.text for item in items], epochs)
+    pipe = hub.load_pipeline(
+        config.model.path,
+        dtype=config.model.dtype,
+        lora=lora,
+        t5_length=config.model.t5_length,
+        text=False,
+        tiling=config.model.tiling,
+        layout=lambda component, path: everywhere,
+    )
     reward = mixture.mixture(config.rewards)
     search_reward = mixture.mixture(config.search_reward) if config.search_reward else reward
-    eval_reward = joined(reward, config.eval_rewards)
-    fns, policy = functions(config, pipe, reward, search_reward, mesh)
+    velocity = raw_velocity(config, pipe)
+    fns, policy = functions(config, pipe, velocity, reward, search_reward, mesh)
     times = time_grid(config, pipe, config.sampler.steps)
-    everywhere = replicated(mesh)
     frozen = {
         "params": pipe.params["transformer"],
-        "negative": pipe.encode([config.prompts.negative], compact=True),
+        "negative": embeddings.rows([config.prompts.negative]),
     }
     fixed = {"decoder": pipe.params["vae"], "reward": reward.params, "search_reward": search_reward.params}
-    prompts = prompt_data.load(config.prompts.source)
-    eval_set = prompt_data.load(config.eval.source)
     return Run(
         config=config,
         mesh=mesh,
         pipeline=pipe,
+        embeddings=embeddings,
+        velocity=velocity,
         prompts=prompts,
-        eval_items=prompt_data.evaluation_items(eval_set, config.eval.prompts),
+        eval_items=list(items),
         reward=reward,
         search_reward=search_reward,
-        eval_reward=eval_reward,
+        eval_reward=joined(reward, config.eval_rewards),
         frozen=jax.device_put(frozen, everywhere),
         fixed=jax.device_put(fixed, everywhere),
         fns=fns,
@@ -105,50 +143,60 @@ def assemble(config: Config) -> Run:
     )
 
 
-def targets(config: Config) -> tuple[str, ...]:
-    """The adapted modules: the published list unless the config names others."""
-    return config.adapter.targets or lora.SD3_TARGETS
+def time_grid(
+    config: Config, pipe: hub.Pipeline, steps: int, size: tuple[int, int] | None = None
+) -> np.ndarray:
+    """Times 1 … 0 for this many steps, for pictures of `size` pixels (None: the run's)."""
+    pixels = size or config.model.resolution or None
+    kind, shift = config.sampler.schedule, config.sampler.shift
+    if kind == "model":
+        return pipe.times(steps, pixels, shift)
+    tokens = pipe.image_tokens(pixels)
+    return schedule.times(kind, steps, shift=shift or pipe.shift(pixels), image_tokens=tokens)
 
 
-def time_grid(config: Config, pipe: hub.Pipeline, steps: int) -> np.ndarray:
-    """Times 1 … 0 for this many steps."""
-    height, width, _ = pipe.latent_shape(config.model.resolution or None)
-    tokens = height * width // pipe.patch_size**2
-    shift = config.sampler.shift or pipe.shift
-    return schedule.times(config.sampler.schedule, steps, shift=shift, image_tokens=tokens)
+def raw_velocity(config: Config, pipe: hub.Pipeline) -> RawVelocity:
+    """The network with the adapter where there is one: without it, it is the reference."""
+    adapter = config.adapter
+    rank = adapter.rank if adapter.kind == "lora" else 0
+    adapted = pipe.velocity_fn(rank, adapter.alpha, adapter.targets, remat=config.memory.remat)
+    plain = pipe.velocity_fn(remat=config.memory.remat)
+
+    def velocity(params: PyTree, x: Any, t: Any, cond: Conditioning, scale: Any = None, /) -> Any:
+        return (adapted if params["lora"] else plain)(params, x, t, cond, scale)
+
+    return velocity
 
 
 def functions(
-    config: Config, pipe: hub.Pipeline, reward: base.Reward, search_reward: base.Reward, mesh: Mesh
+    config: Config,
+    pipe: hub.Pipeline,
+    velocity: RawVelocity,
+    reward: base.Reward,
+    search_reward: base.Reward,
+    mesh: Mesh,
 ) -> tuple[rollout.Functions, update.Policy]:
-    """The velocity with and without adapter, guidance, decoder and rewards as pure functions."""
-    adapter = config.adapter
-    rank = adapter.rank if adapter.kind == "lora" else 0
-    raw = pipe.velocity_fn(rank, adapter.alpha, targets(config), remat=config.memory.remat)
-    plain = pipe.velocity_fn(0, 0.0, targets(config), remat=config.memory.remat)
-    in_search = config.search.guidance if config.search.guidance >= 0 else config.sampler.guidance
+    """Velocities with their guidance, decoder and rewards as pure functions."""
+    scale = config.sampler.guidance
+    in_search = config.search.guidance if config.search.guidance >= 0 else scale
     constrain = partial(spread, mesh)
 
-    def velocity(params: PyTree, x: Any, t: Any, cond: Conditioning) -> Any:
-        return (raw if params["lora"] else plain)(params, x, t, cond)
-
     def bind(frozen: PyTree, trainable: PyTree) -> PyTree:
-        if adapter.kind == "full":
+        if config.adapter.kind == "full":
             return {**frozen, "params": trainable, "lora": {}}
         return {**frozen, "lora": trainable}
 
-    guided = hub.guided(velocity, config.sampler.guidance)
+    guided = pipe.guided(velocity, scale)
     fns = rollout.Functions(
         velocity=guided,
-        search_velocity=hub.guided(velocity, in_search),
-        raw_velocity=velocity,
+        search_velocity=pipe.guided(velocity, in_search),
         decode=pipe.decode_fn(),
         score=reward.score,
         search_score=search_reward.score,
         constrain=constrain,
     )
     reference = lambda frozen: {**frozen, "lora": {}}
-    return fns, update.Policy(guided, velocity, bind, reference, constrain)
+    return fns, update.Policy(guided, pipe.unguided(velocity, scale), bind, reference, constrain)
 
 
 def spread(mesh: Mesh, tree: PyTree) -> PyTree:
@@ -272,7 +320,7 @@ def make_batch(
     members = list(first_member) or [0] * len(texts)
     batch = rollout.Batch(
         cast(jax.Array, np.asarray([*ids, *[ids[0]] * spare], np.int32)),
-        run.pipeline.encode(filled, compact=True),
+        run.embeddings.rows(filled),
         reward.prepare(filled),
         run.search_reward.prepare(filled),
         cast(jax.Array, np.asarray([*members, *[0] * spare], np.int32)),

@@ -19,7 +19,6 @@ from smart_grpo_jax.core.config import Config
 from smart_grpo_jax.core.errors import UserError
 from smart_grpo_jax.core.types import PyTree, TrainState
 from smart_grpo_jax.data import prompts as prompt_data
-from smart_grpo_jax.hub import pipeline as hub
 from smart_grpo_jax.jobs import assemble, traced
 from smart_grpo_jax.jobs.assemble import Run
 from smart_grpo_jax.jobs.statistics import comparison, signed
@@ -28,6 +27,7 @@ from smart_grpo_jax.policy import rollout
 from smart_grpo_jax.runtime.checkpoint import Checkpoints
 from smart_grpo_jax.runtime.progress import Heartbeat, say, table
 from smart_grpo_jax.worlds.shapes import grammar
+from smart_grpo_jax.worlds.shapes.scenes import SIZE
 from smart_grpo_jax.worlds.shapes.second_judge import second_judge
 
 EVAL_SEED = 20_251_002
@@ -47,29 +47,35 @@ class Evaluation(NamedTuple):
 
 
 def evaluator(
-    run: Run, *, search: bool | None = None, seed: int = EVAL_SEED
-) -> Callable[[PyTree], Evaluation]:
-    """A function from trainable weights to an Evaluation; the program is compiled on its first call."""
+    run: Run, *, search: bool | None = None, size: tuple[int, int] | None = None, batch: int = 0
+) -> Callable[..., Evaluation]:
+    """evaluate(weights, seed=EVAL_SEED) → Evaluation; the program is compiled on its first call.
+
+    `batch` is the number of prompts in a call (0: as many as memory.rollout allows); `size` are the pixels
+    of the pictures where they are not the run's.
+    """
     config, members = run.config, run.config.eval.seeds
     searched = config.eval.search if search is None else search
-    times = assemble.time_grid(config, run.pipeline, config.sampler.eval_steps)
+    times = assemble.time_grid(config, run.pipeline, config.sampler.eval_steps, size)
     shape = eval_shape(run, searched)
-    knobs = eval_knobs(config, times, searched, seed)
+    if size is not None:
+        shape = dataclasses.replace(shape, latent=run.pipeline.latent_shape(size))
     chunk = max(1, config.memory.rollout * config.prompts.members // members) if config.memory.rollout else 0
-    size, calls = assemble.groups_per_call(run, len(run.eval_items), members, chunk)
+    rows, _ = assemble.groups_per_call(run, len(run.eval_items), members, batch or chunk)
     act = jax.jit(partial(rollout.act, eval_functions(run), shape))
 
-    def evaluate(trainable: PyTree) -> Evaluation:
+    def evaluate(trainable: PyTree, seed: int = EVAL_SEED) -> Evaluation:
         params = run.rollout_params(trainable) | {"reward": run.eval_reward.params}
+        knobs = eval_knobs(config, times, searched, seed)
         scores: dict[str, list[np.ndarray]] = {}
         images: list[np.ndarray] = []
-        for call in range(calls):
-            items = run.eval_items[call * size : (call + 1) * size]
+        for start in range(0, len(run.eval_items), rows):
+            items = run.eval_items[start : start + rows]
             texts = [item.text for item in items]
             ids = [prompt_data.prompt_id(text) for text in texts]
             first = [item.repeat * members for item in items]
-            batch, _ = assemble.make_batch(run, texts, size, run.eval_reward, ids, first)
-            acted = jax.device_get(_outputs(act(params, knobs, batch)))
+            one, _ = assemble.make_batch(run, texts, rows, run.eval_reward, ids, first)
+            acted = jax.device_get(_outputs(act(params, knobs, one)))
             pictures = acted["images"][: len(texts) * members]
             for name, value in (acted["scores"] | _second_opinion(config, texts, members, pictures)).items():
                 scores.setdefault(name, []).append(value[: len(texts) * members])
@@ -91,7 +97,7 @@ def _second_opinion(
     config: Config, texts: Sequence[str], members: int, images: np.ndarray
 ) -> dict[str, np.ndarray]:
     """The held-out judge of the embedded world, in numpy; never trained on."""
-    if not config.eval.source.startswith("shapes:"):
+    if not config.eval.source.startswith("shapes:") or images.shape[1:3] != (SIZE, SIZE):
         return {}
     try:
         spec = np.repeat(grammar.encode(list(texts)), members, axis=0)
@@ -117,7 +123,7 @@ def eval_shape(run: Run, searched: bool) -> rollout.Shape:
 
 def eval_functions(run: Run) -> rollout.Functions:
     """The run's functions with the evaluation's guidance and rewards."""
-    guided = hub.guided(run.fns.raw_velocity, run.config.sampler.eval_guidance)
+    guided = run.pipeline.guided(run.velocity, run.config.sampler.eval_guidance)
     return dataclasses.replace(run.fns, velocity=guided, score=run.eval_reward.score)
 
 
@@ -162,7 +168,7 @@ def evaluated_weights(config: Config, state: TrainState) -> PyTree:
 def job(config: Config, workdir: str, epoch: int | None = None) -> None:
     """`--mode=eval`: the newest checkpoint of a run folder against the base on equal noise; without a
     checkpoint, the base alone (and, with eval.search, the base with the noise searched)."""
-    run = assemble.assemble(config)
+    run = assemble.assemble(config, training=False)
     state = run.state()
     with Checkpoints(workdir, keep=1, best_of=None, say=say, read_only=True) as checkpoints:
         restored = checkpoints.restore(state, epoch=epoch)

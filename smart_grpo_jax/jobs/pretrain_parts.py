@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from smart_grpo_jax.core.types import Conditioning, PyTree
-from smart_grpo_jax.hub import pipeline as hub
 from smart_grpo_jax.hub.folder import write_text
+from smart_grpo_jax.hub.text import text_states
 from smart_grpo_jax.hub.tokenizers import load_tokenizer
 from smart_grpo_jax.models.clip import CLIPConfig, CLIPText
 from smart_grpo_jax.models.mmdit import MMDiT, MMDiTConfig
@@ -134,7 +134,7 @@ def condition(
 ) -> Conditioning:
     """The SD3 prompt embedding without T5: both penultimate states side by side, then one zero token."""
     encoders = (params["text_encoder"], params["text_encoder_2"])
-    states, pooled = hub.text_states((parts.text, parts.text_2), jnp.float32, encoders, (ids, ids_2))
+    states, pooled = text_states((parts.text, parts.text_2), jnp.float32, encoders, (ids, ids_2))
     pad = parts.transformer.joint_attention_dim - states.shape[-1]
     return Conditioning(jnp.pad(states, ((0, 0), (0, 1), (0, pad))), pooled, repeats)
 

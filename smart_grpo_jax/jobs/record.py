@@ -155,7 +155,7 @@ def summary(run: Run, state: TrainState, path: Path, epoch: int, resumed: bool) 
         where = ", ".join(f"{j} (t={run.times[j]:.2f})" for j in np.flatnonzero(mask))
         search = f"{s.rounds} × {s.candidates}, elite {s.elite:g}, steps {where}, credit {s.credit}"
     masks = traced.credit_masks(run.config, run.times, epoch, np.ones(config.prompts.groups, bool))
-    price = cost.epoch(run.shape, run.recipe, config, masks)
+    price = cost.epoch(run.shape, run.recipe, config, masks, run.pipeline.calls)
     negatives = "" if config.sampler.guidance == 1 else f", guidance {config.sampler.guidance:g}"
     known = len(set(run.prompts.prompts))
     return [

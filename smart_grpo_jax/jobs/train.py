@@ -257,7 +257,9 @@ def learn(
         metrics = jax.device_get(metrics)
     loop.state, loop.epoch = state, loop.epoch + 1
     check(loop, metrics, first)
-    loop.nfe = cost.add(loop.nfe, cost.epoch(loop.run.shape, loop.run.recipe, loop.config, masks))
+    run = loop.run
+    spent = cost.epoch(run.shape, run.recipe, run.config, masks, run.pipeline.calls)
+    loop.nfe = cost.add(loop.nfe, spent)
     scalars = {k: v for k, v in summary.items() if np.isfinite(v)}
     scalars |= {f"update/{name}": float(value) for name, value in metrics.items()}
     loop.pending = scalars

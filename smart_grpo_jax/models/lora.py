@@ -35,6 +35,16 @@ SD3_TARGETS: tuple[str, ...] = (
 )
 """The modules that flow_grpo adapts in SD3: the joint attention, not attn2."""
 
+FLUX_TARGETS: tuple[str, ...] = (
+    *SD3_TARGETS,
+    r"/ff/net_0/proj$",
+    r"/ff/net_2$",
+    r"/ff_context/net_0/proj$",
+    r"/ff_context/net_2$",
+)
+"""In FLUX the feed-forward layers of the double blocks as well; "attn" there matches the single blocks'
+queries, keys and values, too."""
+
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:

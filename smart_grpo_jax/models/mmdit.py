@@ -68,6 +68,31 @@ class MMDiTConfig:
         return self.num_attention_heads * self.attention_head_dim
 
     @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return self.in_channels
+
+    @property
+    def token_side(self) -> int:
+        """Latents per token along a side."""
+        return self.patch_size
+
+    @property
+    def longest_side(self) -> int | None:
+        """Most tokens along a side: what the stored table of positions holds."""
+        return self.pos_embed_max_size
+
+    @property
+    def default_side(self) -> int:
+        """Latents along a side of the default image."""
+        return self.sample_size
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether guidance is an input of the network."""
+        return False
+
+    @property
     def channels(self) -> int:
         """Channels of the velocity."""
         return self.out_channels or self.in_channels

@@ -3,6 +3,8 @@ compared at equal cost. A guided velocity is two network calls; padding is not c
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from smart_grpo_jax.core.config import Config
@@ -13,12 +15,18 @@ from smart_grpo_jax.policy.update import Recipe
 NOTHING = {"velocity": 0, "backward": 0, "decode": 0, "reward": 0, "images": 0}
 
 
+Calls = Callable[[float], int]
+"""Network calls of one velocity at a guidance scale: the model's own (`Pipeline.calls`)."""
+
+
 def calls(guidance: float) -> int:
-    """Network calls of one guided velocity."""
+    """Classifier-free guidance: a second call above 1."""
     return 1 if guidance <= 1 else 2
 
 
-def sampling(shape: Shape, config: Config, groups: int, searched: int) -> dict[str, int]:
+def sampling(
+    shape: Shape, config: Config, groups: int, searched: int, calls: Calls = calls
+) -> dict[str, int]:
     """One rollout of `groups` real groups in which `searched` steps are searched."""
     guided = calls(config.sampler.guidance)
     inside = calls(config.search.guidance) if config.search.guidance >= 0 else guided
@@ -35,7 +43,9 @@ def sampling(shape: Shape, config: Config, groups: int, searched: int) -> dict[s
     }
 
 
-def learning(recipe: Recipe, config: Config, groups: int, trained: int) -> dict[str, int]:
+def learning(
+    recipe: Recipe, config: Config, groups: int, trained: int, calls: Calls = calls
+) -> dict[str, int]:
     """All passes over one epoch: forward calls (with the reference's or the old policy's) and backward."""
     images = groups * config.prompts.members
     if recipe.loss in ("ppo", "guard"):
@@ -46,12 +56,14 @@ def learning(recipe: Recipe, config: Config, groups: int, trained: int) -> dict[
     return {"velocity": states * forwards, "backward": states, "decode": 0, "reward": 0, "images": 0}
 
 
-def epoch(shape: Shape, recipe: Recipe, config: Config, masks: Masks) -> dict[str, int]:
+def epoch(
+    shape: Shape, recipe: Recipe, config: Config, masks: Masks, calls: Calls = calls
+) -> dict[str, int]:
     """One epoch of training."""
     groups = int(np.sum(np.asarray(masks.real)))
     searched = int(np.sum(np.asarray(masks.searched)))
-    act = sampling(shape, config, groups, searched)
-    return add(act, learning(recipe, config, groups, len(masks.trained)))
+    act = sampling(shape, config, groups, searched, calls)
+    return add(act, learning(recipe, config, groups, len(masks.trained), calls))
 
 
 def add(total: dict[str, int], more: dict[str, int]) -> dict[str, int]:

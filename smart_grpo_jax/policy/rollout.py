@@ -22,12 +22,11 @@ from smart_grpo_jax.maths import rng, search, transition
 
 @dataclasses.dataclass(frozen=True)
 class Functions:
-    """What the programs call: `velocity` is guided; `raw_velocity` is the bare network; `search_velocity`
-    is the one that judges candidates; `constrain` lays a batch-major tree over the mesh."""
+    """What the programs call: `velocity` is guided, `search_velocity` judges candidates, `constrain` lays a
+    batch-major tree over the mesh."""
 
     velocity: VelocityFn
     search_velocity: VelocityFn
-    raw_velocity: VelocityFn
     decode: DecodeFn
     score: ScoreFn
     search_score: ScoreFn

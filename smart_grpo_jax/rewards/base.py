@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from smart_grpo_jax.core.errors import UserError, nearest
-from smart_grpo_jax.core.types import PyTree, ScoreFn
+from smart_grpo_jax.core.types import PyTree, ScoreFn, Scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,15 @@ def without_weights(name: str, path: str | None) -> None:
 def no_prompt(prompts: Sequence[str]) -> PyTree:
     """`prepare` of a reward that does not look at the prompt."""
     return {}
+
+
+def nothing() -> Reward:
+    """No verdict: zero for every image, where there is nothing to judge by."""
+
+    def score(params: PyTree, images: Array, ctx: PyTree, t: Array | None = None) -> Scores:
+        return Scores(jnp.zeros(images.shape[0]), jnp.ones(images.shape[0], bool), {})
+
+    return Reward("nothing", {}, no_prompt, score, uses_prompt=False)
 
 
 def load_reward(

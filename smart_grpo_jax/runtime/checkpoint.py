@@ -268,3 +268,17 @@ def _silence_orbax() -> None:
 
 def _not_orbax(record: logging.LogRecord) -> bool:
     return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def save_params(path: str | os.PathLike[str], tree: PyTree) -> None:
+    """A parameter tree for other users of JAX: `StandardCheckpointer().restore(path)` reads it."""
+    _silence_orbax()
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(Path(path).absolute(), tree)
+
+
+def load_params(path: str | os.PathLike[str], like: PyTree) -> PyTree:
+    """What `save_params` wrote, laid out as `like`."""
+    _silence_orbax()
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(Path(path).absolute(), like)

@@ -156,3 +156,43 @@ class Heartbeat:
         self._thread.join()
         if self._spoke and kind is None:
             self._say(f"{self._what}: done in {duration(time.monotonic() - self._start)}")
+
+
+class Transfer:
+    """How far a long read is: numbers read so far, as GB, GB/s and the time that is left.
+
+    Called with the count of each piece; speaks at most every few seconds, and not at all when quick.
+    """
+
+    def __init__(
+        self, what: str, count: int, nbytes: int, every: float = 5.0, *, say: Callable[[str], None] = say
+    ) -> None:
+        self._what, self._count, self._nbytes, self._every, self._say = what, count, nbytes, every, say
+        self._done = 0
+        self._start = self._spoke = time.monotonic()
+
+    def __call__(self, count: int) -> None:
+        """`count` more numbers have arrived."""
+        self._done += count
+        now = time.monotonic()
+        if now - self._spoke < self._every:
+            return
+        self._spoke = now
+        share = self._done / max(1, self._count)
+        read, seconds = share * self._nbytes / 1e9, now - self._start
+        left = seconds / max(share, 1e-9) * (1 - share)
+        self._say(
+            f"{self._what}: {read:.1f} of {self._nbytes / 1e9:.1f} GB, {read / seconds:.2f} GB/s, "
+            f"{duration(left)} left"
+        )
+
+    def __enter__(self) -> Transfer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        seconds = time.monotonic() - self._start
+        if self._spoke > self._start and kind is None:
+            size = self._nbytes / 1e9
+            self._say(f"{self._what}: {size:.1f} GB in {duration(seconds)} ({size / seconds:.2f} GB/s)")

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 
 from smart_grpo_jax.core.errors import UserError
-from smart_grpo_jax.hub import tables
+from smart_grpo_jax.hub import tables, weights
 from smart_grpo_jax.models.presets import preset
 
 TABLES = {
-    "transformer": tables.MMDIT,
-    "vae": tables.VAE,
-    "text_encoder": tables.CLIP_TEXT,
-    "text_encoder_2": tables.CLIP_TEXT,
+    "transformer": weights.MMDIT,
+    "vae": weights.VAE,
+    "text_encoder": weights.CLIP_TEXT,
+    "text_encoder_2": weights.CLIP_TEXT,
 }
 
 
@@ -105,10 +105,22 @@ def test_parameters_that_do_not_fit_the_config_are_not_written():
         tables.to_tensors(table, config, {"encoder": params["encoder"]})
 
 
-def test_a_leaf_is_placed_as_soon_as_it_is_read():
+def test_a_leaf_has_the_dtype_and_the_place_that_are_asked_for():
     table, config, params = parts("text_encoder")
-    seen = {}
     reader = Reader(tables.to_tensors(table, config, params))
-    tables.to_params(table, config, reader, np.float16, put=lambda path, leaf: seen.setdefault(path, leaf))
-    assert seen["encoder/layers/mlp/fc1/kernel"].shape == (2, 8, 16)
-    assert {leaf.dtype for leaf in seen.values()} == {np.dtype(np.float16)}
+    asked, read = [], []
+    tree = tables.to_params(
+        table, config, reader, np.float16, sharding=lambda path: asked.append(path), progress=read.append
+    )
+    assert tree["encoder"]["layers"]["mlp"]["fc1"]["kernel"].shape == (2, 8, 16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {np.dtype(np.float16)}
+    assert "encoder/layers/mlp/fc1/kernel" in asked and len(asked) == len(jax.tree.leaves(params))
+    assert sum(read) == sum(v.size for v in reader.values())
+
+
+def test_integers_are_no_weights():
+    table, config, params = parts("vae")
+    tensors = tables.to_tensors(table, config, params)
+    key = min(tensors)
+    with pytest.raises(UserError, match=f"some.safetensors.*{key}.*int32"):
+        tables.to_params(table, config, Reader(tensors | {key: tensors[key].astype(np.int32)}))

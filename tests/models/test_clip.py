@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from smart_grpo_jax.core.errors import UserError
-from smart_grpo_jax.hub import tables
+from smart_grpo_jax.hub import tables, weights
 from smart_grpo_jax.models.clip import CLIPConfig, CLIPText
 
 CONFIGS = {
@@ -32,7 +32,7 @@ def test_hidden_states_and_pooled_equal_transformers(name, oracle):
         transformers.CLIPTextConfig(**CONFIGS[name])
     )
     net = oracle.random(net)
-    params = tables.to_params(tables.CLIP_TEXT, config, oracle.reader(net))
+    params = tables.to_params(weights.CLIP_TEXT, config, oracle.reader(net))
     ids = np.random.default_rng(0).integers(3, 30, (3, config.max_position_embeddings))
     ids[:, 5:] = 31  # end tokens, padding included; legacy configs take the first largest id
     out = jax.jit(CLIPText(config).apply)({"params": params}, ids)

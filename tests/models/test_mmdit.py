@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from smart_grpo_jax.core.errors import UserError
-from smart_grpo_jax.hub import tables
+from smart_grpo_jax.hub import tables, weights
 from smart_grpo_jax.models.embeddings import position_table
 from smart_grpo_jax.models.mmdit import MMDiT, MMDiTConfig
 
@@ -47,7 +47,7 @@ def inputs(config, rows, columns, length=6, batch=2):
 def random_params(config):
     """Every leaf random, so that no branch is hidden behind a small gate."""
     rng = np.random.default_rng(0)
-    shapes = tables.mmdit_shapes(config)
+    shapes = weights.mmdit_shapes(config)
     return jax.tree.map(lambda s: 0.2 * rng.standard_normal(s.shape, np.float32), shapes)
 
 
@@ -63,7 +63,7 @@ def test_velocity_equals_diffusers(name, oracle):
 
     config = MMDiTConfig.from_json(CONFIGS[name])
     net = oracle.random(SD3Transformer2DModel(**CONFIGS[name]))
-    params = tables.to_params(tables.MMDIT, config, oracle.reader(net))
+    params = tables.to_params(weights.MMDIT, config, oracle.reader(net))
     p = config.patch_size
     x, t, tokens, pooled = inputs(config, 2 * p, 3 * p)
     ours = jax.jit(MMDiT(config).apply)({"params": params}, x, t, tokens, pooled)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from smart_grpo_jax.core.errors import UserError
-from smart_grpo_jax.hub import tables
+from smart_grpo_jax.hub import tables, weights
 from smart_grpo_jax.models import vae
 from smart_grpo_jax.models.vae import AutoencoderKL, VAEConfig
 
@@ -34,7 +34,7 @@ def test_both_directions_equal_diffusers(name, oracle):
 
     config = VAEConfig.from_json(CONFIGS[name])
     net = oracle.random(diffusers.AutoencoderKL(**CONFIGS[name]))
-    params = tables.to_params(tables.VAE, config, oracle.reader(net))
+    params = tables.to_params(weights.VAE, config, oracle.reader(net))
     model, f = AutoencoderKL(config), config.factor
     images = np.random.default_rng(0).uniform(-1, 1, (2, 3 * f, 2 * f, 3)).astype(np.float32)
     mean, logvar = jax.jit(lambda p, x: model.apply({"params": p}, x, method="encode"))(params, images)

@@ -38,7 +38,7 @@ def score(params, images, ctx, t=None):
 
 
 def functions(**changes):
-    base = rollout.Functions(velocity, velocity, velocity, decode, score, score)
+    base = rollout.Functions(velocity, velocity, decode, score, score)
     return dataclasses.replace(base, **changes)
 
 

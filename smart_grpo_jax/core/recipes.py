@@ -1,0 +1,71 @@
+"""Published recipes, and the arguments of a config file: `--config=configs/sd35_medium.py:1024,full`.
+
+A recipe fills in what its paper's code does; a config file adds the model and what its hardware needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ml_collections import ConfigDict
+
+from smart_grpo_jax.core import config as configs
+from smart_grpo_jax.core.errors import UserError, nearest
+
+METHODS = ("smart_grpo", "flow_grpo")
+WEIGHTS = ("lora", "full")
+SIDES = ("512", "1024")
+
+
+def choices(argument: str, groups: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """One word of each group; the first of a group where the argument has none.
+
+    choices("1024,full", {"side": ("512", "1024"), "weights": ("lora", "full")})
+        -> {"side": "1024", "weights": "full"}
+    """
+    found = {name: words[0] for name, words in groups.items()}
+    home = {word: name for name, words in groups.items() for word in words}
+    given: set[str] = set()
+    for word in filter(None, (part.strip() for part in argument.split(","))):
+        if word not in home:
+            raise UserError(f'--config: got argument "{word}" ({nearest(word, home)})')
+        if home[word] in given:
+            words = " or ".join(groups[home[word]])
+            raise UserError(f'--config: got argument "{word}" beside "{found[home[word]]}", wanted {words}')
+        given.add(home[word])
+        found[home[word]] = word
+    return found
+
+
+def flow_grpo() -> ConfigDict:
+    """Flow-GRPO as published for SD3.5-M: 48 groups of 24, 10 steps to learn and 40 to evaluate, LoRA."""
+    config = configs.default()
+    config.prompts.groups, config.prompts.members = 48, 24
+    config.sampler.steps, config.sampler.eval_steps = 10, 40
+    config.sampler.guidance = config.sampler.eval_guidance = 4.5
+    config.sampler.transition, config.sampler.noise_level = "flow", 0.7
+    config.model.dtype, config.model.t5_length = "bfloat16", 128
+    config.adapter.kind, config.adapter.rank, config.adapter.alpha = "lora", 32, 64.0
+    config.search.rounds = 0
+    config.train.loss, config.train.clip = "ppo", 1e-4
+    config.train.learning_rate, config.train.updates_per_epoch = 3e-4, 2
+    config.train.ema.decay, config.train.ema.every = 0.9, 8
+    return config
+
+
+def smart_grpo() -> ConfigDict:
+    """Algorithm 1 as published, on top of Flow-GRPO: 5 rounds of 5 at the late steps, the mean executed."""
+    config = flow_grpo()
+    config.search.rounds, config.search.candidates, config.search.elite = 5, 5, 0.5
+    config.search.space, config.search.returns, config.search.steps = "latent", "mean", "late"
+    return config
+
+
+RECIPES = {"smart_grpo": smart_grpo, "flow_grpo": flow_grpo}
+
+
+def fine_tuning(config: ConfigDict, weights: str) -> None:
+    """LoRA at its published rate, or all weights at a thirtieth of it: a full update moves every weight."""
+    config.adapter.kind = weights
+    if weights == "full":
+        config.train.learning_rate = 1e-5

@@ -1,0 +1,216 @@
+"""Prompt embeddings, computed once and kept on disk by prompt and fingerprint of the encoders.
+
+A folder holds immutable part files (array_record), one per batch that was encoded. A part appears under
+its name by a rename, so that any number of processes may share a folder without locks, and a killed
+writer leaves nothing that anyone reads. A record is a JSON header and the raw bytes of its arrays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from smart_grpo_jax.core.errors import PleaseRestart, StorageError, UserError
+from smart_grpo_jax.core.types import Conditioning
+from smart_grpo_jax.runtime.progress import duration, say
+
+PARTS, SUFFIX = "part-", ".array_record"
+STALE = 86_400.0
+"""Seconds after which a temporary file belongs to nobody."""
+
+PATIENCE = 3_600.0
+"""Seconds to wait for the share of another process."""
+
+FIELDS = ("tokens", "pooled")
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+Encode = Callable[[Sequence[str]], Conditioning]
+
+
+class Row(NamedTuple):
+    """The embedding of one prompt, on the host."""
+
+    tokens: np.ndarray
+    pooled: np.ndarray
+    repeats: int
+
+
+class Spot(NamedTuple):
+    """Where a row lies on disk."""
+
+    file: Path
+    index: int
+
+
+class Embeddings:
+    """Rows by prompt. `folder` None keeps them in memory alone."""
+
+    def __init__(self, encode: Encode, fingerprint: str, folder: Path | None, batch: int = 8) -> None:
+        self._encode: Encode | None = encode
+        self._folder = folder / fingerprint if folder is not None else None
+        self._batch = batch
+        self._memory: dict[str, Row] = {}
+        self._disk: dict[str, Spot] = {}
+        self._seen: set[Path] = set()
+
+    def ensure(self, prompts: Iterable[str]) -> int:
+        """Encode what is missing, this process its share; how many prompts were encoded here."""
+        wanted = list(dict.fromkeys(prompts))
+        self._refresh()
+        missing = [p for p in wanted if p not in self._memory and p not in self._disk]
+        ours = missing
+        if self._folder is not None:
+            ours = missing[jax.process_index() :: jax.process_count()]
+        started = told = time.monotonic()
+        for start in range(0, len(ours), self._batch):
+            self._add(ours[start : start + self._batch])
+            done, now = min(start + self._batch, len(ours)), time.monotonic()
+            if now - told > 10 and done < len(ours):
+                told = now
+                left = duration((now - started) / done * (len(ours) - done))
+                say(f"embedding prompts: {done:,} of {len(ours):,}, {left} left")
+        self._wait_for(set(missing) - set(ours))
+        return len(ours)
+
+    def rows(self, prompts: Sequence[str]) -> Conditioning:
+        """The embeddings of these prompts, in this order; numpy arrays."""
+        found = [self._row(prompt) for prompt in prompts]
+        tokens, pooled = (np.stack([getattr(row, name) for row in found]) for name in FIELDS)
+        return Conditioning(cast(Any, tokens), cast(Any, pooled), found[0].repeats)
+
+    def release(self) -> None:
+        """Let go of the encoders."""
+        self._encode = None
+
+    def _row(self, prompt: str) -> Row:
+        if prompt in self._memory:
+            return self._memory[prompt]
+        if prompt not in self._disk:
+            raise UserError(f"embeddings: {prompt!r} was not among the prompts that were embedded")
+        header, row = read_record(self._disk[prompt])
+        if header["prompt"] != prompt:
+            raise StorageError(f"{self._disk[prompt].file}: has changed since it was opened")
+        return row
+
+    def _add(self, prompts: Sequence[str]) -> None:
+        """Encode one batch, filled up to its fixed shape so that a row never depends on its neighbours."""
+        if self._encode is None:
+            raise UserError("embeddings: the encoders have been released")
+        filled = [*prompts, *[""] * (self._batch - len(prompts))]
+        cond = self._encode(filled)
+        tokens, pooled = np.asarray(cond.tokens), np.asarray(cond.pooled)
+        rows = {p: Row(tokens[i], pooled[i], cond.repeats) for i, p in enumerate(prompts)}
+        if self._folder is None:
+            self._memory |= rows
+        else:
+            file = write_part(self._folder, rows)
+            self._seen.add(file)
+            self._disk |= {prompt: Spot(file, i) for i, prompt in enumerate(rows)}
+
+    def _refresh(self) -> None:
+        """Look at parts that have appeared."""
+        if self._folder is None or not self._folder.is_dir():
+            return
+        for file in sorted(self._folder.iterdir()):
+            if file.name.startswith(".") and time.time() - file.stat().st_mtime > STALE:
+                with contextlib.suppress(OSError):
+                    file.unlink()
+            elif file.name.startswith(PARTS) and file.suffix == SUFFIX and file not in self._seen:
+                self._seen.add(file)
+                self._disk |= {prompt: Spot(file, i) for i, prompt in enumerate(prompts_of(file))}
+
+    def _wait_for(self, others: set[str]) -> None:
+        """The share of the other processes."""
+        deadline = time.monotonic() + PATIENCE
+        while others - set(self._disk):
+            if time.monotonic() > deadline:
+                raise PleaseRestart(f"embeddings: {len(others)} prompts of other processes did not arrive")
+            time.sleep(0.5)
+            self._refresh()
+
+
+def write_part(folder: Path, rows: dict[str, Row]) -> Path:
+    """One part file, complete when it appears."""
+    from array_record.python import array_record_module as array_record
+
+    name = f"{os.getpid()}-{uuid.uuid4().hex}"
+    temporary, file = folder / f".{name}{SUFFIX}", folder / f"{PARTS}{name}{SUFFIX}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writer = array_record.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
+        for prompt, row in rows.items():
+            writer.write(record(prompt, row))
+        writer.close()
+        os.replace(temporary, file)
+    except (OSError, RuntimeError, ValueError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise StorageError(f"{folder}: embeddings could not be written ({error})") from error
+    return file
+
+
+def record(prompt: str, row: Row) -> bytes:
+    """Length of the header, header, bytes of the arrays."""
+    arrays = [np.ascontiguousarray(getattr(row, name)) for name in FIELDS]
+    body = b"".join(array.tobytes() for array in arrays)
+    header = {
+        "prompt": prompt,
+        "repeats": row.repeats,
+        "arrays": [[array.dtype.name, list(array.shape)] for array in arrays],
+        "crc": zlib.crc32(body),
+    }
+    head = json.dumps(header).encode()
+    return len(head).to_bytes(4, "little") + head + body
+
+
+def prompts_of(file: Path) -> list[str]:
+    """The prompts of a part, in order, each record checked; none, and a line, where the file is damaged."""
+    from array_record.python import array_record_module as array_record
+
+    try:
+        reader = array_record.ArrayRecordReader(str(file))
+        found = [parse(raw)[0]["prompt"] for raw in reader.read_all()]
+        reader.close()
+    except Exception as error:  # whatever the library makes of damaged bytes
+        say(f"WARNING: {file} is damaged and is not used ({' '.join(str(error).split())[:80]})")
+        return []
+    return found
+
+
+def read_record(spot: Spot) -> tuple[dict[str, Any], Row]:
+    """One record of a part."""
+    from array_record.python import array_record_module as array_record
+
+    try:
+        reader = array_record.ArrayRecordReader(str(spot.file))
+        raw = reader.read([spot.index])[0]
+        reader.close()
+        return parse(raw)
+    except Exception as error:
+        raise StorageError(f"{spot.file}: cannot be read any more ({error})") from error
+
+
+def parse(raw: bytes) -> tuple[dict[str, Any], Row]:
+    """Header and arrays of a record; ValueError where they do not fit each other."""
+    length = int.from_bytes(raw[:4], "little")
+    header = json.loads(raw[4 : 4 + length])
+    body, start, arrays = raw[4 + length :], 0, []
+    if zlib.crc32(body) != header["crc"]:
+        raise ValueError("a record has other bytes than when it was written")
+    for dtype, shape in header["arrays"]:
+        kind = DTYPES[dtype]
+        count = int(np.prod(shape))
+        arrays.append(np.frombuffer(body, kind, count, start).reshape(shape))
+        start += count * kind.itemsize
+    return header, Row(*arrays, int(header["repeats"]))

@@ -1,0 +1,160 @@
+"""From a weight file into device buffers, a piece at a time: the host never holds a whole large leaf.
+
+A stacked leaf of FLUX is gigabytes, its largest single tensor a hundred megabytes. So a large leaf is
+allocated where it will live and filled in place, layer by layer and, inside a tensor, in pieces of rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from smart_grpo_jax.core.errors import UserError
+
+PIECE = 16 * 2**20
+"""Numbers in one piece: 64 MB in float32."""
+
+
+class Reader(Protocol):
+    """Tensors by their published key."""
+
+    def keys(self) -> set[str]:
+        """All keys of the file or files."""
+        ...
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
+        ...
+
+    def tensor(self, key: str) -> np.ndarray:
+        """Read one tensor."""
+        ...
+
+    def rows(self, key: str, start: int, stop: int) -> np.ndarray:
+        """Read tensor[start:stop]."""
+        ...
+
+    def file(self, key: str) -> str:
+        """The name of the file that holds, or should hold, the tensor."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """`read` turns a published tensor into ours, `write` turns ours back; both are axis orders."""
+
+    order: tuple[int, ...] | None
+
+    def read(self, tensor: np.ndarray) -> np.ndarray:
+        """published → ours."""
+        return tensor if self.order is None else tensor.transpose(self.order)
+
+    def write(self, tensor: np.ndarray) -> np.ndarray:
+        """ours → published."""
+        return tensor if self.order is None else tensor.transpose(np.argsort(self.order))
+
+    def published(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The published shape of a tensor whose shape is `shape` here."""
+        return shape if self.order is None else tuple(shape[axis] for axis in np.argsort(self.order))
+
+    @property
+    def row_axis(self) -> int:
+        """Which of our axes is the first of the published tensor."""
+        return 0 if self.order is None else self.order.index(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One published tensor of a leaf: its key, its shape here, and how it gets here."""
+
+    key: str
+    shape: tuple[int, ...]
+    transform: Transform
+
+
+def read_leaf(
+    reader: Reader,
+    parts: Sequence[Part],
+    stacked: bool,
+    dtype: Any = None,
+    sharding: NamedSharding | None = None,
+    progress: Callable[[int], None] = lambda count: None,
+) -> jax.Array:
+    """A leaf on its devices: the tensors of `parts` as its layers where it is `stacked`, else the one."""
+    if len(parts) * math.prod(parts[0].shape) <= PIECE:
+        tensors = [part.transform.read(floats(reader, part.key, reader.tensor(part.key))) for part in parts]
+        progress(sum(tensor.size for tensor in tensors))
+        leaf = np.stack(tensors) if stacked else tensors[0]
+        return place(leaf if dtype is None else leaf.astype(dtype), sharding)
+    shape = (len(parts), *parts[0].shape) if stacked else parts[0].shape
+    buffer = None
+    for layer, part in enumerate(parts):
+        for start, piece in pieces(reader, part):
+            piece = piece if dtype is None else piece.astype(dtype)
+            starts = [0] * len(part.shape)
+            starts[part.transform.row_axis] = start
+            if stacked:
+                piece, starts = piece[None], [layer, *starts]
+            if buffer is None:
+                buffer = blank(shape, piece.dtype, sharding)
+            buffer = filler(sharding)(buffer, place(piece, whole_axes(sharding, shape, piece)), starts)
+            buffer.block_until_ready()  # else pieces that wait for their turn pile up on the host
+            progress(piece.size)
+    assert buffer is not None
+    return buffer
+
+
+def pieces(reader: Reader, part: Part) -> Iterator[tuple[int, np.ndarray]]:
+    """(first published row, some rows in our layout) of a tensor, at most PIECE numbers each."""
+    published = part.transform.published(part.shape)
+    step = max(1, PIECE // math.prod(published[1:]))
+    for start in range(0, published[0], step):
+        rows = reader.rows(part.key, start, min(start + step, published[0]))
+        yield start, part.transform.read(floats(reader, part.key, rows))
+
+
+def floats(reader: Reader, key: str, tensor: np.ndarray) -> np.ndarray:
+    """The tensor, if its type can be a weight's: a mislabelled file may call the same bytes integers."""
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        raise UserError(f"{reader.file(key)}: {key!r} has dtype {tensor.dtype}, wanted floating point")
+    return tensor
+
+
+def place(array: np.ndarray, sharding: NamedSharding | None) -> jax.Array:
+    """A host array on its devices; every process hands over only what its own devices hold."""
+    if sharding is None:
+        return jnp.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def blank(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding | None) -> jax.Array:
+    """Zeros, made where they will lie."""
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+
+
+@functools.cache
+def filler(sharding: NamedSharding | None) -> Callable[..., jax.Array]:
+    """buffer[starts : starts + piece.shape] = piece, in place."""
+    update = lambda buffer, piece, starts: jax.lax.dynamic_update_slice(buffer, piece, starts)
+    return jax.jit(update, donate_argnums=0, out_shardings=sharding)
+
+
+def whole_axes(
+    sharding: NamedSharding | None, shape: tuple[int, ...], piece: np.ndarray
+) -> NamedSharding | None:
+    """The sharding of a piece: that of its leaf along the axes that it has in full."""
+    if sharding is None:
+        return None
+    names = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
+    kept = [
+        name if full == here else None for name, full, here in zip(names, shape, piece.shape, strict=True)
+    ]
+    return NamedSharding(sharding.mesh, PartitionSpec(*kept))
