@@ -144,14 +144,11 @@ def compare(
 ) -> Check:
     """The velocity of what was read back against the trainer's, in units of its maximum.
 
-    A file that gives another velocity, or that of the base although the trainer's differs, is no export.
+    A file that gives another velocity is no export; one that gives the base's is caught by the same number.
     """
     found, wanted, base = (np.asarray(v, np.float64) for v in (found, wanted, base))
     size = np.abs(wanted).max()
     difference = float(np.abs(found - wanted).max() / size)
-    trained, moved = (float(np.abs(v - base).max() / size) for v in (wanted, found))
     if not difference <= tolerance:
         raise StorageError(f"export {name}: velocity differs by {difference:.1e}, wanted ≤ {tolerance:.0e}")
-    if trained > 10 * tolerance and not moved > tolerance:
-        raise StorageError(f"export {name}: gives the base's velocity, not the trained one")
-    return Check(name, tensors, difference, moved)
+    return Check(name, tensors, difference, float(np.abs(found - base).max() / size))

@@ -33,7 +33,7 @@ def test_a_hub_id_is_the_snapshot_in_the_cache(monkeypatch, tmp_path):
 
 def test_an_absent_hub_id_says_what_to_type_and_to_accept(monkeypatch, tmp_path):
     cache(monkeypatch, tmp_path)
-    with pytest.raises(UserError, match="hf download stabilityai/stable-diffusion-3.5-medium") as caught:
+    with pytest.raises(UserError, match=r"hf download stabilityai/stable-diffusion-3\.5-medium") as caught:
         locate.pipeline_folder("stabilityai/stable-diffusion-3.5-medium")
     assert "licence" in caught.value.line and len(caught.value.line) <= 200
 
