@@ -21,16 +21,13 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from smart_grpo_jax.core.errors import PleaseRestart, StorageError, UserError
+from smart_grpo_jax.core.errors import StorageError, UserError
 from smart_grpo_jax.core.types import Conditioning
 from smart_grpo_jax.runtime.progress import duration, say
 
 PARTS, SUFFIX = "part-", ".array_record"
 STALE = 86_400.0
 """Seconds after which a temporary file belongs to nobody."""
-
-PATIENCE = 3_600.0
-"""Seconds to wait for the share of another process."""
 
 FIELDS = ("tokens", "pooled")
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -65,23 +62,30 @@ class Embeddings:
         self._seen: set[Path] = set()
 
     def ensure(self, prompts: Iterable[str]) -> int:
-        """Encode what is missing, this process its share; how many prompts were encoded here."""
-        wanted = list(dict.fromkeys(prompts))
+        """Encode what is missing; how many prompts were encoded here.
+
+        Processes that share a folder begin at different places and skip what has appeared meanwhile; none
+        waits for another, since nothing says that the others see the same disk.
+        """
         self._refresh()
-        missing = [p for p in wanted if p not in self._memory and p not in self._disk]
-        ours = missing
-        if self._folder is not None:
-            ours = missing[jax.process_index() :: jax.process_count()]
+        missing = self._missing(dict.fromkeys(prompts))
+        begin = jax.process_index() * len(missing) // jax.process_count()
+        left, count = missing[begin:] + missing[:begin], 0
         started = told = time.monotonic()
-        for start in range(0, len(ours), self._batch):
-            self._add(ours[start : start + self._batch])
-            done, now = min(start + self._batch, len(ours)), time.monotonic()
-            if now - told > 10 and done < len(ours):
+        while left:
+            self._add(left[: self._batch])
+            count += min(self._batch, len(left))
+            self._refresh()
+            left = self._missing(left)
+            now = time.monotonic()
+            if now - told > 10 and left:
                 told = now
-                left = duration((now - started) / done * (len(ours) - done))
-                say(f"embedding prompts: {done:,} of {len(ours):,}, {left} left")
-        self._wait_for(set(missing) - set(ours))
-        return len(ours)
+                rest = duration((now - started) / (len(missing) - len(left)) * len(left))
+                say(f"embedding prompts: {len(missing) - len(left):,} of {len(missing):,}, {rest} left")
+        return count
+
+    def _missing(self, prompts: Iterable[str]) -> list[str]:
+        return [p for p in prompts if p not in self._memory and p not in self._disk]
 
     def rows(self, prompts: Sequence[str]) -> Conditioning:
         """The embeddings of these prompts, in this order; numpy arrays."""
@@ -123,21 +127,13 @@ class Embeddings:
         if self._folder is None or not self._folder.is_dir():
             return
         for file in sorted(self._folder.iterdir()):
-            if file.name.startswith(".") and time.time() - file.stat().st_mtime > STALE:
-                with contextlib.suppress(OSError):
-                    file.unlink()
+            if file.name.startswith("."):
+                with contextlib.suppress(OSError):  # it may become a part under our eyes
+                    if time.time() - file.stat().st_mtime > STALE:
+                        file.unlink()
             elif file.name.startswith(PARTS) and file.suffix == SUFFIX and file not in self._seen:
                 self._seen.add(file)
                 self._disk |= {prompt: Spot(file, i) for i, prompt in enumerate(prompts_of(file))}
-
-    def _wait_for(self, others: set[str]) -> None:
-        """The share of the other processes."""
-        deadline = time.monotonic() + PATIENCE
-        while others - set(self._disk):
-            if time.monotonic() > deadline:
-                raise PleaseRestart(f"embeddings: {len(others)} prompts of other processes did not arrive")
-            time.sleep(0.5)
-            self._refresh()
 
 
 def write_part(folder: Path, rows: dict[str, Row]) -> Path:

@@ -1,0 +1,156 @@
+"""Embeddings are computed once, shared, and come back bit for bit; damage costs time and nothing else."""
+
+import os
+import threading
+import time
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from smart_grpo_jax.core.errors import StorageError, UserError
+from smart_grpo_jax.core.types import Conditioning
+from smart_grpo_jax.data import embeddings
+from smart_grpo_jax.data.embeddings import Embeddings
+
+PROMPTS = [f"prompt {i} – ünï\u0301cödé 🙂\n" for i in range(7)]
+
+
+class Encoder:
+    """A function of the text alone, which counts what it is asked."""
+
+    def __init__(self, dtype=np.float32, repeats=5):
+        self.asked, self.dtype, self.repeats = [], dtype, repeats
+
+    def __call__(self, texts):
+        self.asked.append(list(texts))
+        rng = [np.random.default_rng(list(text.encode())) for text in texts]
+        tokens = np.stack([r.standard_normal((3, 4)) for r in rng]).astype(self.dtype)
+        pooled = np.stack([r.standard_normal(2) for r in rng]).astype(np.float32)
+        return Conditioning(jnp.asarray(tokens), jnp.asarray(pooled), self.repeats)
+
+
+def assert_rows(store, prompts, encoder):
+    found, wanted = store.rows(prompts), encoder(prompts)
+    assert found.tokens.dtype == wanted.tokens.dtype and found.repeats == wanted.repeats
+    np.testing.assert_array_equal(found.tokens, wanted.tokens)
+    np.testing.assert_array_equal(found.pooled, wanted.pooled)
+
+
+@pytest.fixture(params=["disk", "memory"])
+def folder(request, tmp_path):
+    return tmp_path if request.param == "disk" else None
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_rows_come_back_in_any_order_and_as_often_as_asked(folder, dtype):
+    encoder = Encoder(dtype)
+    store = Embeddings(encoder, "f", folder, batch=3)
+    assert store.ensure([*PROMPTS, *PROMPTS]) == len(PROMPTS)
+    assert_rows(store, [PROMPTS[5], PROMPTS[0], PROMPTS[5]], Encoder(dtype))
+
+
+def test_every_batch_has_the_same_shape_and_nothing_is_encoded_twice(folder):
+    encoder = Encoder()
+    store = Embeddings(encoder, "f", folder, batch=4)
+    store.ensure(PROMPTS)
+    assert [len(texts) for texts in encoder.asked] == [4, 4]
+    assert store.ensure(PROMPTS[:3]) == 0 and len(encoder.asked) == 2
+
+
+def test_another_process_finds_what_is_on_disk_and_another_encoder_does_not(tmp_path):
+    Embeddings(Encoder(), "f", tmp_path, batch=3).ensure(PROMPTS)
+    second, other = Encoder(), Encoder()
+    store = Embeddings(second, "f", tmp_path, batch=3)
+    assert store.ensure(PROMPTS) == 0 and second.asked == []
+    assert_rows(store, PROMPTS[::-1], Encoder())
+    assert Embeddings(other, "g", tmp_path, batch=3).ensure(PROMPTS) == len(PROMPTS)
+
+
+def test_a_writer_that_died_leaves_its_whole_batches(tmp_path):
+    class Dies(Encoder):
+        def __call__(self, texts):
+            if self.asked:
+                raise KeyboardInterrupt
+            return super().__call__(texts)
+
+    with pytest.raises(KeyboardInterrupt):
+        Embeddings(Dies(), "f", tmp_path, batch=3).ensure(PROMPTS)
+    (tmp_path / "f" / ".half.array_record").write_bytes(b"half a file")
+    store = Embeddings(Encoder(), "f", tmp_path, batch=3)
+    assert store.ensure(PROMPTS) == len(PROMPTS) - 3
+    assert_rows(store, PROMPTS, Encoder())
+
+
+def test_an_old_temporary_is_cleaned_and_a_young_one_is_left(tmp_path):
+    Embeddings(Encoder(), "f", tmp_path).ensure(PROMPTS)
+    old, young = (tmp_path / "f" / f".{name}.array_record" for name in ("old", "young"))
+    for path in (old, young):
+        path.write_bytes(b"")
+    os.utime(old, (time.time() - 2 * embeddings.STALE,) * 2)
+    Embeddings(Encoder(), "f", tmp_path).ensure(PROMPTS)
+    assert not old.exists() and young.exists()
+
+
+def test_writers_side_by_side_do_not_disturb_each_other(tmp_path):
+    stores = [Embeddings(Encoder(), "f", tmp_path, batch=2) for _ in range(4)]
+    threads = [threading.Thread(target=store.ensure, args=(PROMPTS,)) for store in stores]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for store in [*stores, Embeddings(Encoder(), "f", tmp_path)]:
+        store.ensure(PROMPTS)
+        assert_rows(store, PROMPTS, Encoder())
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "other"])
+def test_a_damaged_part_is_named_and_encoded_again(tmp_path, capsys, damage):
+    Embeddings(Encoder(), "f", tmp_path, batch=len(PROMPTS)).ensure(PROMPTS)
+    (part,) = (tmp_path / "f").iterdir()
+    data = bytearray(part.read_bytes())
+    if damage == "flip":
+        at = data.find(b'"prompt"') + 300
+        data[at] ^= 1
+    part.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "other": b"x" * 500}.get(damage, data))
+    store = Embeddings(Encoder(), "f", tmp_path)
+    assert store.ensure(PROMPTS) > 0
+    assert f"{part} is damaged" in capsys.readouterr().out
+    assert_rows(store, PROMPTS, Encoder())
+
+
+def test_after_release_a_prompt_that_was_not_embedded_is_one_line(folder):
+    store = Embeddings(Encoder(), "f", folder)
+    store.ensure(PROMPTS[:2])
+    store.release()
+    assert_rows(store, PROMPTS[:2], Encoder())
+    with pytest.raises(UserError, match="released"):
+        store.ensure(PROMPTS)
+    with pytest.raises(UserError, match="was not among"):
+        store.rows(PROMPTS[2:3])
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="could not be written"):
+        Embeddings(Encoder(), "f", tmp_path / "file").ensure(PROMPTS)
+
+
+def test_processes_begin_apart_and_skip_what_the_others_did(tmp_path, monkeypatch):
+    monkeypatch.setattr(embeddings.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(embeddings.jax, "process_index", lambda: 1)
+
+    class Meets(Encoder):
+        """Beside it, another process writes the first four prompts."""
+
+        def __call__(self, texts):
+            if not self.asked:
+                Embeddings(Encoder(), "f", tmp_path, batch=4).ensure(PROMPTS[:4])
+            return super().__call__(texts)
+
+    encoder = Meets()
+    store = Embeddings(encoder, "f", tmp_path, batch=2)
+    assert store.ensure(PROMPTS) == 4  # 3 to 6, of which the other had one
+    assert encoder.asked[0] == PROMPTS[3:5]
+    assert_rows(store, PROMPTS, Encoder())
