@@ -375,7 +375,8 @@ def memory_peak() -> float:
 def table(rows: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) -> str:
     """The result for a person."""
     told = machine(arguments)
-    head = f"{told['preset']}, batch {told['batch']}, {told['dtype']}, torch {told['torch_mode']}; {told['machine']}"
+    head = f"{told['preset']}, batch {told['batch']}, {told['dtype']}, torch {told['torch_mode']}"
+    head = f"{head}; {told['machine']}"
     lines = [f"{'part':<8}{'ours':>12}{'torch':>12}{'ratio':>8}{'GFLOP/s':>10}{'difference':>12}"]
     for row in rows:
         lines.append(

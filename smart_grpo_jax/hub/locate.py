@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -17,9 +18,9 @@ def pipeline_folder(path: str | Path) -> Path:
     text = str(path)
     if text == EMBEDDED:
         return Path(shapes.__file__).parent / "pipeline"
-    if (Path(text) / "model_index.json").is_file():
+    if os.path.isfile(os.path.join(text, "model_index.json")):
         return Path(text)
-    if Path(text).exists():
+    if os.path.exists(text):
         raise UserError(f'model.path: got "{text}", wanted a folder with a model_index.json')
     if HUB_ID.fullmatch(text):
         return cached(text)

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from smart_grpo_jax.core.errors import StorageError, UserError, nearest
+from smart_grpo_jax.hub.streaming import long_axis
 
 DTYPES: Mapping[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -76,10 +77,12 @@ class Tensors:
         return self._read(key, 0, math.prod(span.shape)).reshape(span.shape)
 
     def rows(self, key: str, start: int, stop: int) -> np.ndarray:
-        """Read tensor[start:stop] along the first axis."""
+        """Read [start:stop] along the first axis that is longer than one."""
         shape = self.spans[key].shape
-        width = math.prod(shape[1:])
-        return self._read(key, start * width, (stop - start) * width).reshape(-1, *shape[1:])
+        axis = long_axis(shape)
+        width = math.prod(shape[axis + 1 :])
+        part = self._read(key, start * width, (stop - start) * width)
+        return part.reshape(*shape[:axis], stop - start, *shape[axis + 1 :])
 
     def _read(self, key: str, skip: int, count: int) -> np.ndarray:
         """`count` numbers of a tensor, after the first `skip`."""

@@ -23,6 +23,11 @@ PIECE = 16 * 2**20
 """Numbers in one piece: 64 MB in float32."""
 
 
+def long_axis(shape: tuple[int, ...]) -> int:
+    """The first axis that is longer than one, along which a tensor is read in pieces; 0 where none is."""
+    return next((axis for axis, size in enumerate(shape) if size > 1), 0)
+
+
 class Reader(Protocol):
     """Tensors by their published key."""
 
@@ -39,7 +44,7 @@ class Reader(Protocol):
         ...
 
     def rows(self, key: str, start: int, stop: int) -> np.ndarray:
-        """Read tensor[start:stop]."""
+        """Read [start:stop] along the first axis that is longer than one."""
         ...
 
     def file(self, key: str) -> str:
@@ -65,10 +70,9 @@ class Transform:
         """The published shape of a tensor whose shape is `shape` here."""
         return shape if self.order is None else tuple(shape[axis] for axis in np.argsort(self.order))
 
-    @property
-    def row_axis(self) -> int:
-        """Which of our axes is the first of the published tensor."""
-        return 0 if self.order is None else self.order.index(0)
+    def axis(self, published: int) -> int:
+        """Which of our axes is this one of the published tensor."""
+        return published if self.order is None else self.order.index(published)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,14 +97,14 @@ def read_leaf(
         tensors = [part.transform.read(floats(reader, part.key, reader.tensor(part.key))) for part in parts]
         progress(sum(tensor.size for tensor in tensors))
         leaf = np.stack(tensors) if stacked else tensors[0]
-        return place(leaf if dtype is None else leaf.astype(dtype), sharding)
+        return place(leaf if dtype is None else leaf.astype(dtype, copy=False), sharding)
     shape = (len(parts), *parts[0].shape) if stacked else parts[0].shape
     buffer = None
     for layer, part in enumerate(parts):
         for start, piece in pieces(reader, part):
-            piece = piece if dtype is None else piece.astype(dtype)
+            piece = piece if dtype is None else piece.astype(dtype, copy=False)
             starts = [0] * len(part.shape)
-            starts[part.transform.row_axis] = start
+            starts[part.transform.axis(long_axis(part.transform.published(part.shape)))] = start
             if stacked:
                 piece, starts = piece[None], [layer, *starts]
             if buffer is None:
@@ -115,9 +119,10 @@ def read_leaf(
 def pieces(reader: Reader, part: Part) -> Iterator[tuple[int, np.ndarray]]:
     """(first published row, some rows in our layout) of a tensor, at most PIECE numbers each."""
     published = part.transform.published(part.shape)
-    step = max(1, PIECE // math.prod(published[1:]))
-    for start in range(0, published[0], step):
-        rows = reader.rows(part.key, start, min(start + step, published[0]))
+    axis = long_axis(published)
+    step, end = max(1, PIECE // math.prod(published[axis + 1 :])), published[axis]
+    for start in range(0, end, step):
+        rows = reader.rows(part.key, start, min(start + step, end))
         yield start, part.transform.read(floats(reader, part.key, rows))
 
 

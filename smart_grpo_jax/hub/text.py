@@ -26,8 +26,9 @@ from smart_grpo_jax.hub.tokenizers import Tokenizer, load_t5_tokenizer, load_tok
 from smart_grpo_jax.models.clip import CLIPConfig, CLIPOutput, CLIPText
 from smart_grpo_jax.models.t5 import T5Config, T5Encoder
 
-BATCH = 64
-"""Prompts encoded at once; smaller calls are filled up to a power of two, so that few programs exist."""
+BATCH = 16
+"""Prompts encoded at once; smaller calls are filled up, so that there is one program and a prompt's
+embedding does not depend on the company that it is encoded in."""
 
 FORMAT = "embeddings 1"
 """Changed whenever equal files come to give other embeddings."""
@@ -100,9 +101,8 @@ class Text:
         return JOINS[self.join](self, states, pooled, t5, compact)
 
     def _encode(self, prompts: Sequence[str]) -> tuple[Array, Array, Array | None]:
-        """At most `batch` prompts through all encoders, the batch filled up to a power of two."""
-        rows = 1 << (len(prompts) - 1).bit_length()
-        filled = [*prompts, *[""] * (rows - len(prompts))]
+        """At most `batch` prompts through all encoders."""
+        filled = [*prompts, *[""] * (self.batch - len(prompts))]
         ids = {name: jnp.asarray(tokenizer(filled)) for name, tokenizer in self.tokenizers.items()}
         each = [tuple(tree[name] for name in self.clips) for tree in (self.configs, self.params, ids)]
         states, pooled = text_states(each[0], self.dtype, each[1], each[2])

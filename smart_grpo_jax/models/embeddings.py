@@ -1,7 +1,4 @@
-"""How latents, time and pooled text enter the SD3 transformer.
-
-`build` is what the parts of a network share (`mmdit.Build`): config, dense layers, compute dtype.
-"""
+"""How time, guidance and pooled text enter the transformers, and latents the one of SD3."""
 
 from __future__ import annotations
 
@@ -15,12 +12,13 @@ from jaxtyping import Array, Float
 
 from smart_grpo_jax.core.errors import UserError
 from smart_grpo_jax.models.initializers import LECUN, SMALL, ZEROS
+from smart_grpo_jax.models.layers import Build
 
 
 class Embedding(nn.Module):
     """Linear, SiLU, linear."""
 
-    build: Any
+    build: Build
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n"]) -> Float[Array, "b d"]:
@@ -31,15 +29,20 @@ class Embedding(nn.Module):
 
 
 class TimeTextEmbed(nn.Module):
-    """The vector that modulates every layer: time and pooled text."""
+    """The vector that modulates every layer: time, guidance where it is an input, pooled text."""
 
-    build: Any
+    build: Build
 
     @nn.compact
-    def __call__(self, t: Float[Array, " b"], pooled: Float[Array, "b p"]) -> Float[Array, "b d"]:
-        """MLP(sinusoid(1000 t)) + MLP(pooled)."""
-        time = Embedding(self.build, name="timestep_embedder")(sinusoid(1000.0 * t.astype(jnp.float32)))
-        return time + Embedding(self.build, name="text_embedder")(pooled)
+    def __call__(
+        self, t: Float[Array, " b"], pooled: Float[Array, "b p"], guidance: Float[Array, " b"] | None = None
+    ) -> Float[Array, "b d"]:
+        """MLP(sinusoid(1000 t)) [+ MLP(sinusoid(1000 guidance))] + MLP(pooled)."""
+        wave = lambda a: sinusoid(1000.0 * a.astype(jnp.float32))
+        out = Embedding(self.build, name="timestep_embedder")(wave(t))
+        if guidance is not None:
+            out = out + Embedding(self.build, name="guidance_embedder")(wave(guidance))
+        return out + Embedding(self.build, name="text_embedder")(pooled)
 
 
 def sinusoid(t: Float[Array, " b"]) -> Float[Array, "b 256"]:
@@ -58,7 +61,7 @@ class PatchEmbed(nn.Module):
     reaches it.
     """
 
-    build: Any
+    build: Build
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b s d"]:
@@ -80,7 +83,7 @@ class PatchEmbed(nn.Module):
 class PatchKernel(nn.Module):
     """The published p×p convolution with stride p, as one matmul over flattened patches."""
 
-    build: Any
+    build: Build
 
     @nn.compact
     def __call__(self, patches: Float[Array, "b s n"]) -> Float[Array, "b s d"]:
@@ -98,7 +101,9 @@ def position_table(config: Any) -> Float[Array, "1 n d"]:
     size, width = config.pos_embed_max_size, config.width
     positions = np.arange(size, dtype=np.float64) / (size / (config.sample_size // config.patch_size))
     angles = positions[:, None] * 10000.0 ** (-np.arange(width // 4) / (width / 4.0))
-    wave = np.concatenate([np.sin(angles), np.cos(angles)], -1)
+    # The waves are small and made on the host in float64; the table is gigabytes for real sizes, and is
+    # left to jax, so that asking for its shape costs nothing.
+    wave = jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], -1), jnp.float32)
     half = (size, size, wave.shape[-1])
-    table = np.concatenate([np.broadcast_to(wave[None], half), np.broadcast_to(wave[:, None], half)], -1)
-    return jnp.asarray(table.reshape(1, size * size, -1), jnp.float32)
+    table = jnp.concatenate([jnp.broadcast_to(wave[None], half), jnp.broadcast_to(wave[:, None], half)], -1)
+    return table.reshape(1, size * size, -1)

@@ -19,22 +19,32 @@ from jaxtyping import Array, Float
 from smart_grpo_jax.core.errors import UserError
 from smart_grpo_jax.models import published
 from smart_grpo_jax.models.attention import attend
-from smart_grpo_jax.models.embeddings import Embedding, sinusoid
+from smart_grpo_jax.models.embeddings import TimeTextEmbed
 from smart_grpo_jax.models.initializers import SMALL
-from smart_grpo_jax.models.lora import FLUX_TARGETS, LoRA
-from smart_grpo_jax.models.mmdit import (
-    REMAT,
+from smart_grpo_jax.models.layers import (
     Build,
     FeedForward,
-    HeadNorm,
     Modulation,
+    continuous,
+    gelu,
+    heads,
     layer_norm,
     modulated,
+    repeat_bias,
+    stack,
 )
+from smart_grpo_jax.models.lora import FLUX_TARGETS, LoRA
 
 PATCH = 2
 """Latents per token along a side; the published `patch_size` of 1 counts packed latents."""
 
+LEAST = {
+    "in_channels": PATCH**2,
+    "attention_head_dim": 1,
+    "num_attention_heads": 1,
+    "num_layers": 0,
+    "num_single_layers": 0,
+}
 
 Turns = tuple[Any, Any]
 """cos and sin of the rotations, [tokens, head/2] each."""
@@ -59,19 +69,28 @@ class FluxConfig:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> FluxConfig:
         """Read transformer/config.json; what is not built is a UserError."""
-        return published.read(cls, data, fixed={"patch_size": (1,)}, ignored=())
+        return published.read(cls, data, fixed={}, ignored=())
 
     def __post_init__(self) -> None:
-        if self.in_channels % PATCH**2 or self.out_channels not in (None, self.in_channels):
+        if self.patch_size != 1:
+            raise UserError(f"FluxConfig.patch_size: got {self.patch_size}, wanted 1")
+        for name, least in LEAST.items():
+            if (got := getattr(self, name)) < least:
+                raise UserError(f"FluxConfig.{name}: got {got}, wanted {least} or more")
+        if self.in_channels % PATCH**2:
             raise UserError(
-                f"FluxConfig.in_channels: got {self.in_channels} in, {self.out_channels} out, "
-                f"wanted equal multiples of {PATCH**2}"
+                f"FluxConfig.in_channels: got {self.in_channels}, wanted a multiple of {PATCH**2}"
             )
-        axes = self.axes_dims_rope
-        if len(axes) != 3 or any(d % 2 for d in axes) or sum(axes) != self.attention_head_dim:
+        if self.out_channels not in (None, self.in_channels):
+            raise UserError(
+                f"FluxConfig.out_channels: got {self.out_channels}, wanted None or in_channels = "
+                f"{self.in_channels}"
+            )
+        axes, head = self.axes_dims_rope, self.attention_head_dim
+        if len(axes) != 3 or any(d % 2 or d < 0 for d in axes) or sum(axes) != head:
             raise UserError(
                 f"FluxConfig.axes_dims_rope: got {axes}, wanted three even numbers with the sum "
-                f"attention_head_dim = {self.attention_head_dim}"
+                f"attention_head_dim = {head}"
             )
 
     @property
@@ -130,45 +149,34 @@ def rotate(x: Float[Array, "b s h d"], turns: Turns) -> Float[Array, "b s h d"]:
     return turned.reshape(x.shape).astype(x.dtype)
 
 
-class Guide(nn.Module):
-    """The vector that modulates every layer: time, guidance where it is an input, pooled text."""
+def pack(x: Float[Array, "b h w c"]) -> Float[Array, "b s 4*c"]:
+    """2×2 latents → one token, row-major; its features are ordered (channel, row, column)."""
+    b, h, w, c = x.shape
+    patches = x.reshape(b, h // PATCH, PATCH, w // PATCH, PATCH, c)
+    return patches.transpose(0, 1, 3, 5, 2, 4).reshape(b, h * w // PATCH**2, PATCH**2 * c)
 
-    build: Any
 
-    @nn.compact
-    def __call__(
-        self, t: Float[Array, " b"], guidance: Float[Array, " b"] | None, pooled: Float[Array, "b p"]
-    ) -> Float[Array, "b d"]:
-        """MLP(sinusoid(1000 t)) + MLP(sinusoid(1000 g)) + MLP(pooled)."""
-        wave = lambda a: sinusoid(1000.0 * a.astype(jnp.float32))
-        out = Embedding(self.build, name="timestep_embedder")(wave(t))
-        if guidance is not None:
-            out = out + Embedding(self.build, name="guidance_embedder")(wave(guidance))
-        return out + Embedding(self.build, name="text_embedder")(pooled)
+def unpack(tokens: Float[Array, "b s 4*c"], h: int, w: int) -> Float[Array, "b h w c"]:
+    """The inverse of `pack`."""
+    b = tokens.shape[0]
+    patches = tokens.reshape(b, h // PATCH, w // PATCH, -1, PATCH, PATCH)
+    return patches.transpose(0, 1, 4, 2, 5, 3).reshape(b, h, w, -1)
 
 
 class FluxAttention(nn.Module):
-    """Attention over [text, image] tokens; `joint` has weights of its own for the text."""
+    """Attention over [text, image] tokens; a text that comes apart has weights of its own."""
 
     build: Build
-    joint: bool
-
-    def heads(self, x: Array, prefix: str, suffix: str, norms: str) -> tuple[Array, Array, Array]:
-        """Queries, keys and values [b,s,h,d]; queries and keys normalised."""
-        c = self.build.config
-        shape = (*x.shape[:-1], c.num_attention_heads, c.attention_head_dim)
-        q, k, v = (self.build.dense(c.width, f"{prefix}_{n}{suffix}")(x).reshape(shape) for n in "qkv")
-        return HeadNorm(name=f"{norms}_q")(q), HeadNorm(name=f"{norms}_k")(k), v
 
     @nn.compact
     def __call__(
         self, x: Array, text: Array | None, turns: Turns, bias: Array | None
     ) -> tuple[Array, Array | None]:
-        """The attended image and text; without `joint`, x holds both and comes back before any projection."""
+        """The attended image and text; where x holds both, it comes back before any projection."""
         width = self.build.config.width
-        q, k, v = self.heads(x, "to", "", "norm")
+        q, k, v = heads(self.build, x, "to", "", "norm")
         if text is not None:
-            added = self.heads(text, "add", "_proj", "norm_added")
+            added = heads(self.build, text, "add", "_proj", "norm_added")
             q, k, v = (jnp.concatenate(pair, 1) for pair in zip(added, (q, k, v), strict=True))
         out = attend(rotate(q, turns), rotate(k, turns), v, bias, self.build.attention)
         out = out.reshape(*out.shape[:2], width)
@@ -193,7 +201,7 @@ class DoubleBlock(nn.Module):
         m = Modulation(self.build, 6, name="norm1")(temb)
         c = Modulation(self.build, 6, name="norm1_context")(temb)
         image_in, text_in = modulated(layer_norm(x), m[0], m[1]), modulated(layer_norm(text), c[0], c[1])
-        image_out, text_out = FluxAttention(self.build, True, name="attn")(image_in, text_in, turns, bias)
+        image_out, text_out = FluxAttention(self.build, name="attn")(image_in, text_in, turns, bias)
         assert text_out is not None
         x = x + m[2][:, None] * image_out
         feed = FeedForward(self.build, name="ff")
@@ -216,8 +224,8 @@ class SingleBlock(nn.Module):
         width = self.build.config.width
         shift, scale, gate = Modulation(self.build, 3, name="norm")(temb)
         normed = modulated(layer_norm(x), shift, scale)
-        hidden = nn.gelu(self.build.dense(4 * width, "proj_mlp")(normed), approximate=True)
-        attended, _ = FluxAttention(self.build, False, name="attn")(normed, None, turns, bias)
+        hidden = gelu(self.build.dense(4 * width, "proj_mlp")(normed))
+        attended, _ = FluxAttention(self.build, name="attn")(normed, None, turns, bias)
         out = self.build.dense(width, "proj_out")(jnp.concatenate([attended, hidden], -1))
         return x + gate[:, None] * out, None
 
@@ -233,6 +241,11 @@ class Flux(nn.Module):
     remat: str = "none"
     attention: str = "xla"
 
+    @property
+    def lora(self) -> LoRA:
+        """The adapters of this network."""
+        return LoRA(self.lora_rank, self.lora_alpha, self.lora_targets)
+
     @nn.compact
     def __call__(
         self,
@@ -244,50 +257,35 @@ class Flux(nn.Module):
         repeats: int = 1,
     ) -> Float[Array, "b h w c"]:
         """The velocity, float32. The last text token counts as `repeats` equal ones."""
-        c = self.config
-        build = Build(c, LoRA(self.lora_rank, self.lora_alpha, self.lora_targets), self.dtype, self.attention)
-        b, h, w, channels = x.shape
-        if h % PATCH or w % PATCH:
-            raise UserError(f"latents: got {h}×{w}, wanted multiples of {PATCH}")
-        if (guidance is None) == c.guidance_embeds:
-            wanted = "a number" if c.guidance_embeds else "none"
-            raise UserError(f"guidance: wanted {wanted}, since guidance_embeds is {c.guidance_embeds}")
-        rows, columns = h // PATCH, w // PATCH
-        packed = x.reshape(b, rows, PATCH, columns, PATCH, channels).transpose(0, 1, 3, 5, 2, 4)
-        image = build.dense(c.width, "x_embedder")(packed.reshape(b, rows * columns, -1))
-        temb = Guide(build, name="time_text_embed")(t, guidance, pooled.astype(self.dtype))
+        check_inputs(self.config, x, guidance)
+        c, build = self.config, Build(self.config, self.lora, self.dtype, self.attention)
+        (_, h, w, _), length = x.shape, tokens.shape[1]
+        image = build.dense(c.width, "x_embedder")(pack(x))
+        temb = TimeTextEmbed(build, name="time_text_embed")(t, pooled.astype(self.dtype), guidance)
         text = build.dense(c.width, "context_embedder")(tokens)
-        turns = rotations(c, rows, columns, text.shape[1])
-        bias = repeat_bias(text.shape[1], image.shape[1], repeats)
+        turns = rotations(c, h // PATCH, w // PATCH, length)
+        # Text comes first, so that the key of its last token is not the last key.
+        bias = repeat_bias(length + image.shape[1], length - 1, repeats)
         if c.num_layers:
-            double = self.stack(DoubleBlock, c.num_layers)(build, name="double")
-            (image, text), _ = double((image, text), temb, turns, bias)
-        length, joined = text.shape[1], jnp.concatenate([text, image], 1)
+            layers = stack(DoubleBlock, c.num_layers, self.remat, shared=3)(build, name="double")
+            (image, text), _ = layers((image, text), temb, turns, bias)
+        joined = jnp.concatenate([text, image], 1)
         if c.num_single_layers:
-            single = self.stack(SingleBlock, c.num_single_layers)(build, name="single")
-            joined, _ = single(joined, temb, turns, bias)
-        scale, shift = Modulation(build, 2, name="norm_out")(temb)
-        out = build.dense(c.in_channels, "proj_out", SMALL)(
-            modulated(layer_norm(joined[:, length:]), shift, scale)
+            layers = stack(SingleBlock, c.num_single_layers, self.remat, shared=3)(build, name="single")
+            joined, _ = layers(joined, temb, turns, bias)
+        normed = continuous(build, joined[:, length:], temb, "norm_out")
+        out = build.dense(c.in_channels, "proj_out", SMALL)(normed)
+        return unpack(out, h, w).astype(jnp.float32)
+
+
+def check_inputs(config: FluxConfig, x: Array, guidance: Array | None) -> None:
+    """Latents of whole tokens; guidance where it is an input and nowhere else."""
+    _, h, w, channels = x.shape
+    if h % PATCH or w % PATCH or channels != config.latent_channels:
+        raise UserError(
+            f"latents: got {h}×{w}×{channels}, wanted multiples of {PATCH}, {config.latent_channels} channels"
         )
-        out = out.reshape(b, rows, columns, channels, PATCH, PATCH).transpose(0, 1, 4, 2, 5, 3)
-        return out.reshape(b, h, w, channels).astype(jnp.float32)
-
-    def stack(self, block: Any, length: int) -> Any:
-        """The block class scanned over `length` layers, with the rematerialisation asked for."""
-        if self.remat != "none":
-            block = nn.remat(block, prevent_cse=False, policy=REMAT[self.remat])
-        return nn.scan(
-            block,
-            variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast,) * 3,  # pyright: ignore[reportArgumentType] (flax says int)
-            length=length,
-        )
-
-
-def repeat_bias(text: int, image: int, repeats: int) -> Float[Array, "1 1 1 s"] | None:
-    """log(repeats) on the logit of the last text key."""
-    if repeats == 1:
-        return None
-    return jnp.zeros((1, 1, 1, text + image)).at[..., text - 1].set(np.log(repeats))
+    if config.guidance_embeds and guidance is None:
+        raise UserError("guidance: got none, wanted a number per image, since guidance_embeds is True")
+    if guidance is not None and not config.guidance_embeds:
+        raise UserError("guidance: got numbers, wanted none, since guidance_embeds is False")

@@ -12,17 +12,26 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
-from smart_grpo_jax.core.errors import UserError, nearest
+from smart_grpo_jax.core.errors import UserError
 from smart_grpo_jax.models import published
 from smart_grpo_jax.models.attention import attend
 from smart_grpo_jax.models.embeddings import PatchEmbed, TimeTextEmbed
-from smart_grpo_jax.models.initializers import ONES, SMALL, XAVIER
-from smart_grpo_jax.models.lora import SD3_TARGETS, LoRA, LoRADense
+from smart_grpo_jax.models.initializers import SMALL
+from smart_grpo_jax.models.layers import (
+    Build,
+    FeedForward,
+    Modulation,
+    continuous,
+    heads,
+    layer_norm,
+    modulated,
+    repeat_bias,
+    stack,
+)
+from smart_grpo_jax.models.lora import SD3_TARGETS, LoRA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,114 +117,30 @@ class MMDiTConfig:
         return tuple(row for row in rows if row[1])
 
 
-@dataclasses.dataclass(frozen=True)
-class Build:
-    """What all parts of one network share: config, adapters, compute dtype, attention."""
-
-    config: MMDiTConfig
-    lora: LoRA
-    dtype: Any
-    attention: str
-
-    def dense(self, features: int, name: str, kernel_init: Any = XAVIER) -> LoRADense:
-        """A linear layer of the network."""
-        return LoRADense(features, self.lora, dtype=self.dtype, kernel_init=kernel_init, name=name)
-
-
-def layer_norm(x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
-    """(x - mean)/√(var + 1e-6) with float32 statistics and no affine part."""
-    y = x.astype(jnp.float32)
-    y = y - y.mean(-1, keepdims=True)
-    return (y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
-
-
-def modulated(x: Float[Array, "b s d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]) -> Array:
-    """x·(1 + scale) + shift, the same for all tokens."""
-    return x * (1 + scale[:, None]) + shift[:, None]
-
-
-class HeadNorm(nn.Module):
-    """RMS norm over the features of a head, shared by the heads: x/√(mean x² + 1e-6)·scale."""
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b s h d"]) -> Float[Array, "b s h d"]:
-        """Float32 inside; the dtype of x outside."""
-        scale = self.param("scale", ONES, (x.shape[-1],))
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)
-        return (y * scale.astype(jnp.float32)).astype(x.dtype)
-
-
-class Modulation(nn.Module):
-    """Linear(silu(temb)) cut into `chunks` vectors [b, width]."""
-
-    build: Build
-    chunks: int
-
-    @nn.compact
-    def __call__(self, temb: Float[Array, "b d"]) -> list[Float[Array, "b d"]]:
-        """The chunks, in the published order of the layer that uses them."""
-        width = self.build.config.width
-        return jnp.split(
-            self.build.dense(self.chunks * width, "linear", SMALL)(nn.silu(temb)), self.chunks, -1
-        )
-
-
-class Projection(nn.Module):
-    """`proj` of the published feed-forward: a linear layer and the tanh-GELU."""
-
-    build: Build
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s 4*d"]:
-        """gelu(W x)."""
-        return nn.gelu(self.build.dense(4 * self.build.config.width, "proj")(x), approximate=True)
-
-
-class FeedForward(nn.Module):
-    """Linear to 4·width, tanh-GELU, linear back."""
-
-    build: Build
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
-        """The token-wise half of a block."""
-        return self.build.dense(self.build.config.width, "net_2")(Projection(self.build, name="net_0")(x))
-
-
 class Attention(nn.Module):
     """Attention over image tokens, followed by text tokens where there are any."""
 
     build: Build
     drops_text: bool = False
 
-    def heads(self, x: Array, prefix: str, suffix: str, norms: str) -> tuple[Array, Array, Array]:
-        """Queries, keys and values [b,s,h,d]; queries and keys normalised where the config says so."""
-        c = self.build.config
-        shape = (*x.shape[:-1], c.num_attention_heads, c.attention_head_dim)
-        q, k, v = (self.build.dense(c.width, f"{prefix}_{n}{suffix}")(x).reshape(shape) for n in "qkv")
-        if c.qk_norm:
-            q, k = HeadNorm(name=f"{norms}_q")(q), HeadNorm(name=f"{norms}_k")(k)
-        return q, k, v
-
     @nn.compact
     def __call__(
         self, x: Float[Array, "b s d"], text: Float[Array, "b t d"] | None = None, bias: Array | None = None
     ) -> tuple[Float[Array, "b s d"], Float[Array, "b t d"] | None]:
         """The attended image, and the attended text unless there is none or it is dropped."""
-        width, length = self.build.config.width, x.shape[1]
-        q, k, v = self.heads(x, "to", "", "norm")
+        c, length = self.build.config, x.shape[1]
+        q, k, v = heads(self.build, x, "to", "", "norm" if c.qk_norm else None)
         if text is not None:
-            added = self.heads(text, "add", "_proj", "norm_added")
+            added = heads(self.build, text, "add", "_proj", "norm_added" if c.qk_norm else None)
             k, v = jnp.concatenate([k, added[1]], 1), jnp.concatenate([v, added[2]], 1)
             if not self.drops_text:  # the published last block computes text queries and throws them away
                 q = jnp.concatenate([q, added[0]], 1)
         out = attend(q, k, v, bias, self.build.attention)
-        out = out.reshape(*out.shape[:2], width)
-        image = self.build.dense(width, "to_out_0")(out[:, :length])
+        out = out.reshape(*out.shape[:2], c.width)
+        image = self.build.dense(c.width, "to_out_0")(out[:, :length])
         if text is None or self.drops_text:
             return image, None
-        return image, self.build.dense(width, "to_add_out")(out[:, length:])
+        return image, self.build.dense(c.width, "to_add_out")(out[:, length:])
 
 
 class Block(nn.Module):
@@ -233,9 +158,8 @@ class Block(nn.Module):
         x, text = streams
         m = Modulation(self.build, 9 if self.dual else 6, name="norm1")(temb)
         normed = layer_norm(x)
-        if self.last:  # AdaLN-continuous: scale before shift
-            scale, shift = Modulation(self.build, 2, name="norm1_context")(temb)
-            text_in = modulated(layer_norm(text), shift, scale)
+        if self.last:
+            text_in = continuous(self.build, text, temb, "norm1_context")
         else:
             c = Modulation(self.build, 6, name="norm1_context")(temb)
             text_in = modulated(layer_norm(text), c[0], c[1])
@@ -253,13 +177,6 @@ class Block(nn.Module):
             feed = FeedForward(self.build, name="ff_context")
             text = text + c[5][:, None] * feed(modulated(layer_norm(text), c[3], c[4]))
         return (x, text), None
-
-
-REMAT: Mapping[str, Any] = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 class MMDiT(nn.Module):
@@ -293,36 +210,12 @@ class MMDiT(nn.Module):
         image = PatchEmbed(build, name="pos_embed")(x.astype(self.dtype))
         temb = TimeTextEmbed(build, name="time_text_embed")(t, pooled.astype(self.dtype))
         text = build.dense(c.width, "context_embedder")(tokens)
-        bias = repeat_bias(image.shape[1], text.shape[1], repeats)
+        bias = repeat_bias(image.shape[1] + text.shape[1], -1, repeats)
         streams = (image, text)
         for name, length, dual in c.stacks():
-            streams, _ = self.stack(length)(build, dual, name == "last", name=name)(streams, temb, bias)
-        scale, shift = Modulation(build, 2, name="norm_out")(temb)
-        out = build.dense(c.patch_size**2 * c.channels, "proj_out", SMALL)(
-            modulated(layer_norm(streams[0]), shift, scale)
-        )
-        p = c.patch_size
+            layers = stack(Block, length, self.remat, shared=2)(build, dual, name == "last", name=name)
+            streams, _ = layers(streams, temb, bias)
+        normed, p = continuous(build, streams[0], temb, "norm_out"), c.patch_size
+        out = build.dense(p * p * c.channels, "proj_out", SMALL)(normed)
         out = out.reshape(b, h // p, w // p, p, p, c.channels).transpose(0, 1, 3, 2, 4, 5)
         return out.reshape(b, h, w, c.channels).astype(jnp.float32)
-
-    def stack(self, length: int) -> Any:
-        """The block class scanned over `length` layers, with the rematerialisation asked for."""
-        if self.remat not in REMAT:
-            raise UserError(f"memory.remat: got {self.remat!r}, {nearest(self.remat, REMAT)}")
-        block = Block
-        if self.remat != "none":
-            block = nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
-        return nn.scan(
-            block,
-            variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType] (flax says int)
-            length=length,
-        )
-
-
-def repeat_bias(image: int, text: int, repeats: int) -> Float[Array, "1 1 1 s"] | None:
-    """log(repeats) on the logit of the last key: n equal keys weigh n·exp(logit) = exp(logit + log n)."""
-    if repeats == 1:
-        return None
-    return jnp.zeros((1, 1, 1, image + text)).at[..., -1].set(np.log(repeats))

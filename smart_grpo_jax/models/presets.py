@@ -1,6 +1,6 @@
-"""Configs as data, in the words of the published config files: real models by name, and a tiny one.
+"""Configs as data, in the words of the published config files: real models by name, and tiny ones.
 
-The real ones let `plan` count memory and time without a download; the tiny one is for tests.
+The real ones let `plan` count memory and time without a download; the tiny ones are for tests.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 from smart_grpo_jax.core.errors import UserError, nearest
 from smart_grpo_jax.models.clip import CLIPConfig
+from smart_grpo_jax.models.flux import FluxConfig
 from smart_grpo_jax.models.mmdit import MMDiTConfig
 from smart_grpo_jax.models.vae import VAEConfig
 
@@ -62,6 +63,31 @@ def sd35(layers: int, dual: int, positions: int) -> dict[str, Json]:
         "qk_norm": "rms_norm",
     }
     return {"transformer": transformer, "vae": VAE_16, "text_encoder": CLIP_L, "text_encoder_2": CLIP_BIG_G}
+
+
+VAE_FLUX: Json = {**VAE_16, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+
+
+def pooling(clip: Json) -> Json:
+    """FLUX's use of CLIP: the pooled state as it is, without the projection."""
+    return {**clip, "architectures": ["CLIPTextModel"]}
+
+
+def flux(guidance: bool) -> dict[str, Json]:
+    """FLUX.1; "dev" takes its guidance as an input, "schnell" knows none."""
+    transformer = {
+        "_class_name": "FluxTransformer2DModel",
+        "in_channels": 64,
+        "num_layers": 19,
+        "num_single_layers": 38,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 768,
+        "guidance_embeds": guidance,
+        "axes_dims_rope": [16, 56, 56],
+    }
+    return {"transformer": transformer, "vae": VAE_FLUX, "text_encoder": pooling(CLIP_L)}
 
 
 TINY: Mapping[str, Json] = {
@@ -117,22 +143,57 @@ TINY: Mapping[str, Json] = {
     },
 }
 
+TINY_FLUX: Mapping[str, Json] = {
+    "transformer": {
+        "_class_name": "FluxTransformer2DModel",
+        "in_channels": 16,
+        "num_layers": 2,
+        "num_single_layers": 3,
+        "attention_head_dim": 8,
+        "num_attention_heads": 3,
+        "joint_attention_dim": 24,
+        "pooled_projection_dim": 8,
+        "guidance_embeds": True,
+        "axes_dims_rope": [2, 2, 4],
+    },
+    "vae": TINY["vae"],
+    "text_encoder": pooling(TINY["text_encoder"]),
+}
+
 PRESETS: Mapping[str, Mapping[str, Json]] = {
     "sd35-medium": sd35(24, 13, 384),
     "sd35-large": sd35(38, 0, 192),
+    "flux-dev": flux(guidance=True),
+    "flux-schnell": flux(guidance=False),
     "tiny": TINY,
+    "tiny-flux": TINY_FLUX,
 }
 
 READERS: Mapping[str, Any] = {
-    "transformer": MMDiTConfig,
-    "vae": VAEConfig,
-    "text_encoder": CLIPConfig,
-    "text_encoder_2": CLIPConfig,
+    "SD3Transformer2DModel": MMDiTConfig,
+    "FluxTransformer2DModel": FluxConfig,
+    "AutoencoderKL": VAEConfig,
+    "CLIPTextModel": CLIPConfig,
+    "CLIPTextModelWithProjection": CLIPConfig,
 }
+
+UNNAMED: Mapping[str, str] = {
+    "transformer": "SD3Transformer2DModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModelWithProjection",
+    "text_encoder_2": "CLIPTextModelWithProjection",
+}
+"""The class of a component whose config names none."""
+
+
+def class_name(part: str, data: Json) -> str:
+    """The published class: diffusers writes `_class_name`, transformers a list of `architectures`."""
+    architectures = data.get("architectures") or [UNNAMED[part]]
+    return data.get("_class_name", architectures[0])
 
 
 def preset(name: str) -> dict[str, Any]:
     """Component → config dataclass of a model by name."""
     if name not in PRESETS:
         raise UserError(f"preset: got {name!r}, {nearest(name, PRESETS)}")
-    return {part: READERS[part].from_json(data) for part, data in PRESETS[name].items()}
+    return {part: READERS[class_name(part, data)].from_json(data) for part, data in PRESETS[name].items()}

@@ -18,6 +18,8 @@ CASES = {
     "linear": (LINEAR, (7, 5)),
     "table": (SAME, (11, 3)),
     "vector": (SAME, (13,)),
+    "positions": (SAME, (1, 12, 3)),
+    "one row": (LINEAR, (9, 1)),
     "convolution": (CONVOLUTION, (3, 2, 5, 4)),
 }
 

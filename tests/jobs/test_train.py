@@ -256,6 +256,7 @@ def test_evaluation_without_noise_is_the_pipelines_own_sampler_to_the_bit(tmp_pa
     import jax
     import jax.numpy as jnp
 
+    from smart_grpo_jax.hub.pipeline import load_pipeline
     from smart_grpo_jax.maths import rng
 
     values = configs.default()
@@ -267,5 +268,5 @@ def test_evaluation_without_noise_is_the_pipelines_own_sampler_to_the_bit(tmp_pa
     ids = [assemble.prompt_data.prompt_id(text) for text in texts]
     keys = [rng.key(evaluate.EVAL_SEED, "latent", 0, i, 0) for i in ids]
     latents = jnp.stack([jax.random.normal(key, run.pipeline.latent_shape()) for key in keys])
-    images = run.pipeline.sample(texts, latents=latents, num_steps=6, guidance=3.0)
+    images = load_pipeline("shapes").sample(texts, latents=latents, num_steps=6, guidance=3.0)
     assert np.array_equal(found.images, images)

@@ -1,5 +1,8 @@
 """The SD3 transformer against diffusers, and what must hold without it."""
 
+import contextlib
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 
 from smart_grpo_jax.core.errors import UserError
 from smart_grpo_jax.hub import tables, weights
+from smart_grpo_jax.models import layers, mmdit
 from smart_grpo_jax.models.embeddings import position_table
 from smart_grpo_jax.models.mmdit import MMDiT, MMDiTConfig
 
@@ -26,6 +30,11 @@ CONFIGS = {
         sample_size=8, patch_size=2, in_channels=3, num_layers=3, attention_head_dim=20,
         num_attention_heads=3, joint_attention_dim=11, caption_projection_dim=60, pooled_projection_dim=6,
         out_channels=None, pos_embed_max_size=5,
+    ),
+    "all_dual": dict(
+        sample_size=6, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=5,
+        joint_attention_dim=7, caption_projection_dim=40, pooled_projection_dim=9,
+        out_channels=4, pos_embed_max_size=4, dual_attention_layers=[0, 1], qk_norm="rms_norm",
     ),
     "single_dual_layer": dict(
         sample_size=4, patch_size=1, in_channels=2, num_layers=1, attention_head_dim=8, num_attention_heads=2,
@@ -56,24 +65,67 @@ def velocity(net, **static):
     return jax.jit(lambda params, *batch: net.apply({"params": params}, *batch, **static))
 
 
-@pytest.mark.torch
-@pytest.mark.parametrize("name", CONFIGS)
-def test_velocity_equals_diffusers(name, oracle):
+def both(name, oracle):
+    """A random network as (config, params, batch, the velocity of diffusers)."""
     from diffusers import SD3Transformer2DModel
 
     config = MMDiTConfig.from_json(CONFIGS[name])
     net = oracle.random(SD3Transformer2DModel(**CONFIGS[name]))
+    table = net.pos_embed.pos_embed  # a buffer; changed so that only reading it gives the right numbers
+    table.add_(0.2 * oracle.torch(np.random.default_rng(2).standard_normal(table.shape, np.float32)))
     params = tables.to_params(weights.MMDIT, config, oracle.reader(net))
     p = config.patch_size
-    x, t, tokens, pooled = inputs(config, 2 * p, 3 * p)
-    ours = jax.jit(MMDiT(config).apply)({"params": params}, x, t, tokens, pooled)
-    theirs = net(
-        oracle.torch(x).permute(0, 3, 1, 2),
-        oracle.torch(tokens),
-        oracle.torch(pooled),
-        1000 * oracle.torch(t),
-    )[0].permute(0, 2, 3, 1)
-    oracle.assert_close(ours, theirs, 1e-5)  # float32 against float64 is 5e-7 of max
+    batch = x, t, tokens, pooled = inputs(config, 2 * p, 3 * p)
+    x, tokens, pooled, t = (oracle.torch(a) for a in (x, tokens, pooled, t))
+    theirs = net(x.permute(0, 3, 1, 2), tokens, pooled, 1000 * t)[0].permute(0, 2, 3, 1)
+    return config, params, batch, theirs
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", CONFIGS)
+def test_velocity_equals_diffusers(name, oracle):
+    config, params, batch, theirs = both(name, oracle)
+    oracle.assert_close(velocity(MMDiT(config))(params, *batch), theirs, 1e-5)  # float32: 5e-7 of max
+
+
+def dual_after_the_residual():
+    """The second attention reads the image after the joint one, not the same normed image."""
+    seen = {}
+
+    def interceptor(call, args, kwargs, context):
+        name = context.module.name
+        if isinstance(context.module, mmdit.Block):
+            seen["image"] = args[0][0]
+        if name == "attn2":
+            m, x = seen["norm1"], seen["image"] + seen["norm1"][2][:, None] * seen["attn"][0]
+            args = (layers.modulated(layers.layer_norm(x), m[6], m[7]),)
+        out = call(*args, **kwargs)
+        seen[name] = out
+        return out
+
+    return nn.intercept_methods(interceptor)
+
+
+CONTROLS = ["exact GELU", "norm_out swapped", "dual branch after the residual", "position table rebuilt"]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("mistake", CONTROLS)
+def test_the_tolerance_notices(mistake, oracle, wrong, monkeypatch):
+    config, params, batch, theirs = both("one_dual_patch_1", oracle)
+    context = contextlib.nullcontext()
+    if mistake == "exact GELU":
+        monkeypatch.setattr(layers, "gelu", wrong.gelu)
+    elif mistake == "norm_out swapped":
+        monkeypatch.setattr(mmdit, "continuous", wrong.continuous)
+    elif mistake == "position table rebuilt":
+        params["pos_embed"]["pos_embed"] = position_table(config)
+    else:
+        context = dual_after_the_residual()
+    with context:
+        ours = velocity(MMDiT(config))(params, *batch)
+    print(mistake, oracle.difference(ours, theirs))
+    assert oracle.difference(ours, theirs) > 1e-4  # ten times what is allowed
 
 
 @pytest.mark.torch
