@@ -31,13 +31,19 @@ PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX, PEFT_PREFIX = "transformer.", "base_model.model."
 METADATA = "lora_adapter_metadata"
 
-PREFIXES = re.compile(r"^(base_model\.model\.)?(transformer\.)?(?=[a-z])")
 FACTORS = (
-    ("a", re.compile(r"\.(lora_A(\.default)?|lora\.down|lora_down)\.weight$")),
-    ("b", re.compile(r"\.(lora_B(\.default)?|lora\.up|lora_up)\.weight$")),
-    ("alpha", re.compile(r"\.alpha$")),
+    ("a", re.compile(r"(\.lora_A(\.\w+)?|\.lora\.down|[._]lora_down|_lora\.down)\.weight$")),
+    ("b", re.compile(r"(\.lora_B(\.\w+)?|\.lora\.up|[._]lora_up|_lora\.up)\.weight$")),
+    ("alpha", re.compile(r"(\.lora|_lora)?\.alpha$")),
 )
 """The spellings of a module's two factors and of its alpha."""
+
+MODULES = (
+    (re.compile(r"^(base_model\.model\.)?(transformer\.)?(?=[a-z])"), ""),
+    (re.compile(r"\.processor\."), "."),  # attention processors, before diffusers took peft in
+    (re.compile(r"\.to_out$"), ".to_out.0"),
+)
+"""What stands between a key's module and the published name."""
 
 REFUSED: Mapping[str, tuple[Any, ...]] = {
     "use_dora": (None, False),
@@ -46,11 +52,19 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
     "bias": (None, "none"),
     "modules_to_save": (None, [], ()),
     "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "use_qalora": (None, False),
+    "use_bdlora": (None, False),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None, {}),
+    "kasa_config": (None, {}),
+    "monteclora_config": (None, {}),
     "peft_type": (None, "LORA"),
 }
 """Settings of peft of which only these values mean a plain adapter."""
 
-CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "kasa", "lora_ga")
 """Ways to begin that change the base weights, which the adapter's file does not hold."""
 
 
@@ -148,7 +162,9 @@ def by_module(tensors: Mapping[str, np.ndarray], file: str) -> dict[str, dict[st
             raise UserError(f"{file}: adapts a text encoder ({key!r}), wanted adapters of the transformer")
         for role, spelling in FACTORS:
             if spelling.search(key):
-                module = PREFIXES.sub("", spelling.sub("", key))
+                module = spelling.sub("", key)
+                for old, new in MODULES:
+                    module = old.sub(new, module)
                 if role in modules.setdefault(module, {}):
                     raise UserError(f"{file}: {module!r} has two factors {role}")
                 modules[module][role] = tensor
@@ -170,18 +186,19 @@ def to_tree(
     """Published tensors as an adapter tree; layers without an adapter get zeros, ranks are filled up."""
     left, leaves, scale = by_module(tensors, file), {}, scale or Scale()
     for path, place in kernels(table, config).items():
-        pairs = [left.pop(key.removesuffix(".weight"), {}) for key in place.keys]
-        if not any(pairs):
+        shape = place.shape if len(place.shape) == 2 else (0, 0)
+        found = {}
+        for i, key in enumerate(place.keys):
+            module = key.removesuffix(".weight")
+            if module in left:
+                found[i] = factors(left.pop(module), module, shape, scale, file)
+        if not found:
             continue
-        rows, columns = place.shape if len(place.shape) == 2 else (0, 0)
-        rank = max(len(pair["a"]) for pair in pairs if "a" in pair) if any("a" in p for p in pairs) else 0
-        full_a = np.zeros((len(pairs), rows, rank), np.float32)
-        full_b = np.zeros((len(pairs), rank, columns), np.float32)
-        for i, pair in enumerate(pairs):
-            if pair:
-                module = place.keys[i].removesuffix(".weight")
-                a, b = factors(pair, module, (rows, columns), scale, file)
-                full_a[i, :, : a.shape[1]], full_b[i, : a.shape[1]] = a, b
+        rank = max(len(b) for _, b in found.values())
+        full_a = np.zeros((len(place.keys), shape[0], rank), np.float32)
+        full_b = np.zeros((len(place.keys), rank, shape[1]), np.float32)
+        for i, (a, b) in found.items():
+            full_a[i, :, : len(b)], full_b[i, : len(b)] = a, b
         for name, factor in (("a", full_a), ("b", full_b)):
             leaves[f"{path}/{name}"] = jnp.asarray(factor if place.stacked else factor[0])
     if left:
@@ -192,21 +209,30 @@ def to_tree(
 
 
 def factors(
-    pair: Mapping[str, np.ndarray], module: str, shape: tuple[int, int], scale: Scale, file: str
+    pair: Mapping[str, np.ndarray], module: str, shape: tuple[int, ...], scale: Scale, file: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """a [in, r] and b [r, out] of one module, its scale in b."""
     if "a" not in pair or "b" not in pair:
         raise UserError(f"{file}: {module!r} lacks factor {'b' if 'a' in pair else 'a'}")
     a, b = (np.asarray(pair[name], np.float32) for name in "ab")
     rows, columns = shape
-    if a.ndim != 2 or a.shape != (len(a), rows) or b.shape != (columns, len(a)):
+    if a.ndim != 2 or not len(a) or a.shape[1] != rows or b.shape != (columns, len(a)):
         raise UserError(
             f"{file}: {module!r} has an adapter {a.shape} {b.shape}, wanted r × {rows}, {columns} × r"
         )
     factor = scale.of(module, len(a))
     if "alpha" in pair:
-        factor = float(np.asarray(pair["alpha"], np.float32).reshape(())) / len(a)
+        factor = number(pair["alpha"], module, file) / len(a)
+    if not (np.isfinite(a).all() and np.isfinite(b).all() and math.isfinite(factor)):
+        raise UserError(f"{file}: {module!r} holds numbers that are not finite")
     return a.T, factor * b.T
+
+
+def number(tensor: np.ndarray, module: str, file: str) -> float:
+    """An alpha: a tensor of one number."""
+    if tensor.size != 1:
+        raise UserError(f"{file}: {module!r} has an alpha of shape {tensor.shape}, wanted one number")
+    return float(tensor.reshape(()))
 
 
 def to_tensors(

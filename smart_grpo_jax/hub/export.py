@@ -2,13 +2,17 @@
 
 lora    pytorch_lora_weights.safetensors (diffusers, ComfyUI) and peft/ (peft, flow_grpo)
 full    transformer/: what `from_pretrained` loads, adapters merged, sharded above SHARD bytes
+
+A file is right if its keys are those that were meant, each tensor has the bits that were meant, and the
+network made of it has the trainer's velocity.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from smart_grpo_jax.core.errors import StorageError
+from smart_grpo_jax.core.errors import NumericsError, StorageError, UserError
 from smart_grpo_jax.core.types import PyTree
 from smart_grpo_jax.hub import adapters, folder, safetensors, tables
 
@@ -28,12 +32,15 @@ BASE = "diffusion_pytorch_model"
 
 
 class Check(NamedTuple):
-    """What was found when a written model was read back."""
+    """What was found when a written model was read back: tensors equal to the bit, and the largest
+    difference of its velocity from the trainer's and from the base's, over the velocity's maximum.
+    `learned` is the difference of the trainer's from the base's."""
 
     name: str
     tensors: int
     difference: float
     from_base: float
+    learned: float
 
 
 def write_lora(out: Path, table: tables.Table, config: Any, lora: PyTree, rank: int, scale: float) -> None:
@@ -139,16 +146,61 @@ def shards(
     yield part
 
 
+def same_tensors(name: str, reader: safetensors.Tensors, meant: Iterable[tuple[str, np.ndarray]]) -> int:
+    """How many tensors a written file has: exactly those that were meant, each equal to the bit."""
+    left, count = reader.keys(), 0
+    for count, (key, wanted) in enumerate(meant, 1):
+        if key not in left:
+            raise StorageError(f"export {name}: {reader.file(key)} has come back without {key!r}")
+        left.discard(key)
+        if not same_bits(reader.tensor(key), wanted):
+            raise StorageError(f"export {name}: {reader.file(key)}: {key!r} has come back with other bits")
+    if left:
+        raise StorageError(f"export {name}: {reader.path} has come back with an unknown {min(left)!r}")
+    return count
+
+
+def same_trees(name: str, found: PyTree, meant: PyTree) -> int:
+    """How many leaves a tree has that was read back: the same names, shapes, types and bits."""
+    ours, theirs = flatten_dict(meant, sep="/"), flatten_dict(found, sep="/")
+    if odd := set(ours) ^ set(theirs):
+        raise StorageError(f"export {name}: {min(odd)} is only in one of what was written and what was read")
+    for path, leaf in ours.items():
+        if not same_bits(np.asarray(theirs[path]), np.asarray(leaf)):
+            raise StorageError(f"export {name}: {path} has come back with other bits")
+    return len(ours)
+
+
+def same_bits(found: np.ndarray, meant: np.ndarray) -> bool:
+    """Equal shape, type and bytes; unlike ==, this tells zeros by their sign and knows that NaN is NaN."""
+    if (found.shape, found.dtype) != (meant.shape, meant.dtype):
+        return False
+    raw = (np.ascontiguousarray(a).reshape(-1).view(np.uint8) for a in (found, meant))
+    return np.array_equal(*raw)
+
+
+@contextlib.contextmanager
+def reading_back(name: str) -> Iterator[None]:
+    """What our own reader refuses of our own file is a failed export, not a mistake of the user's."""
+    try:
+        yield
+    except UserError as error:
+        if type(error) is UserError:
+            raise StorageError(f"export {name}: {error.line}") from error
+        raise
+
+
 def compare(
     name: str, found: jax.Array, wanted: jax.Array, base: jax.Array, tensors: int, tolerance: float
 ) -> Check:
-    """The velocity of what was read back against the trainer's, in units of its maximum.
-
-    A file that gives another velocity is no export; one that gives the base's is caught by the same number.
-    """
+    """The velocity of what was read back against the trainer's and the base's, in units of its maximum."""
     found, wanted, base = (np.asarray(v, np.float64) for v in (found, wanted, base))
-    size = np.abs(wanted).max()
-    difference = float(np.abs(found - wanted).max() / size)
-    if not difference <= tolerance:
-        raise StorageError(f"export {name}: velocity differs by {difference:.1e}, wanted ≤ {tolerance:.0e}")
-    return Check(name, tensors, difference, float(np.abs(found - base).max() / size))
+    if not np.isfinite(wanted).all():
+        raise NumericsError(f"export {name}: the velocity of the checkpoint itself is not finite")
+    off = lambda a, b: float(np.abs(a - b).max() / np.abs(wanted).max())
+    check = Check(name, tensors, off(found, wanted), off(found, base), off(wanted, base))
+    if not check.difference <= tolerance:
+        raise StorageError(
+            f"export {name}: velocity differs by {check.difference:.1e}, wanted ≤ {tolerance:.0e}"
+        )
+    return check

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny as folders
+import tiny_pipelines as folders
 
 from smart_grpo_jax.core.errors import StorageError
 from smart_grpo_jax.hub import adapters, card, export, folder, pipeline, safetensors

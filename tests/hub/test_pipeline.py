@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny as folders
-from tiny import PROMPTS
+import tiny_pipelines as folders
+from tiny_pipelines import PROMPTS
 
 from smart_grpo_jax.core.errors import UserError
 from smart_grpo_jax.hub import adapters, functions, pipeline, safetensors, tables, text, weights

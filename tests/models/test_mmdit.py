@@ -94,7 +94,7 @@ def dual_after_the_residual():
 
     def interceptor(call, args, kwargs, context):
         name = context.module.name
-        if isinstance(context.module, mmdit.Block):
+        if isinstance(context.module, mmdit.Block) and isinstance(args[0], tuple):
             seen["image"] = args[0][0]
         if name == "attn2":
             m, x = seen["norm1"], seen["image"] + seen["norm1"][2][:, None] * seen["attn"][0]
@@ -124,8 +124,7 @@ def test_the_tolerance_notices(mistake, oracle, wrong, monkeypatch):
         context = dual_after_the_residual()
     with context:
         ours = velocity(MMDiT(config))(params, *batch)
-    print(mistake, oracle.difference(ours, theirs))
-    assert oracle.difference(ours, theirs) > 1e-4  # ten times what is allowed
+    assert oracle.difference(ours, theirs) > 5e-5  # the exact GELU gives 1e-4, the others more than 0.1
 
 
 @pytest.mark.torch
