@@ -16,11 +16,14 @@ setup(
     package_data={"smart_grpo_jax.worlds.shapes": ["pipeline/**/*", "pipeline/*"]},
     install_requires=[
         "absl-py>=2.1",
+        "array-record>=0.8",
         "clu>=0.0.12",
         "flax>=0.12",
+        "huggingface-hub>=1.0",
         "jax>=0.10",
         "jaxtyping>=0.3",
         "ml-collections>=1.1",
+        "ml-dtypes>=0.5",
         "numpy>=2.0",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
@@ -37,6 +40,7 @@ setup(
         "test": [
             "beartype>=0.22",
             "diffusers==0.42.1",
+            "peft>=0.17",
             "pyright==1.1.414",
             "pytest>=8",
             "pytest-xdist>=3.6",

@@ -1,12 +1,26 @@
 """Stable Diffusion 3.5 Medium: Smart-GRPO or Flow-GRPO, 512 or 1024 px, LoRA or all weights.
 
-For      the paper's own model; 48 prompts × 24 images an epoch, as Flow-GRPO publishes it.
-Hardware @HARDWARE@
+For      the paper's own model, 48 prompts × 24 images an epoch as Flow-GRPO publishes it.
+Hardware one accelerator that holds the table's weights and state and the activations of a piece.
 Command  python -m smart_grpo_jax.main --config=configs/sd35_medium.py:WORDS --config.model.path=DIR
-         WORDS: one of smart_grpo, flow_grpo; one of 512, 1024; one of lora, full (the first is the default)
-Expect   not measured: no run with real weights has been made. Expect what `--mode=eval` says of epoch 0.
+         WORDS: smart_grpo or flow_grpo, 512 or 1024, lora or full; the first of each is the default.
+         Without model.path the hub id is looked up in the local cache.
+Expect   not measured: no run with the real weights has been made here. What the networks compute is
+         compared with diffusers on random weights of the same format; `--mode=eval` scores the base.
 
-The reward that needs no checkpoint is compressibility; name your own with --config.rewards.NAME=WEIGHT.
+Counted by `python benchmarks/sizes.py configs/sd35_medium.py:WORDS`; activations come on top:
+
+  words                  trained  weights + state  TFLOP/forward  calls an epoch + backward   PFLOP
+  smart_grpo,512,lora         19 M      5.3 + 0.3  GB       2.22          216,576 + 20,736      794
+  smart_grpo,512,full      2,243 M      5.3 + 35.9 GB       2.22          216,576 + 20,736      794
+  smart_grpo,1024,lora        19 M      5.3 + 0.3  GB      10.91          216,576 + 20,736    3,732
+  smart_grpo,1024,full     2,243 M      5.3 + 35.9 GB      10.91          216,576 + 20,736    3,732
+  flow_grpo,512,lora          19 M      5.3 + 0.3  GB       2.22           43,776 + 20,736      192
+  flow_grpo,512,full       2,243 M      5.3 + 35.9 GB       2.22           43,776 + 20,736      192
+  flow_grpo,1024,lora         19 M      5.3 + 0.3  GB      10.91           43,776 + 20,736      942
+  flow_grpo,1024,full      2,243 M      5.3 + 35.9 GB      10.91           43,776 + 20,736      942
+
+The reward that needs no checkpoint is compressibility; name others with --config.rewards.NAME=WEIGHT.
 Prompts are the embedded world's, in GenEval's manner; a file of your own with --config.prompts.source.
 """
 
@@ -16,20 +30,12 @@ from smart_grpo_jax.core import recipes
 
 
 def get_config(words: str = "") -> ConfigDict:
-    """Groups are rolled out a few at a time; the backward pass keeps one block's activations."""
-    chosen = recipes.choices(
-        words, {"method": recipes.METHODS, "side": recipes.SIDES, "weights": recipes.WEIGHTS}
-    )
+    """A few groups at a time; the backward pass keeps one block's activations."""
+    chosen = recipes.choices(words, recipes.WORDS)
     config = recipes.RECIPES[chosen["method"]]()
     config.model.path = "stabilityai/stable-diffusion-3.5-medium"
     config.model.resolution = int(chosen["side"])
+    config.rewards, config.eval_rewards = {"compressibility": 1.0}, {}
     recipes.fine_tuning(config, chosen["weights"])
-    config.rewards = {"compressibility": 1.0}
-    config.eval_rewards = {"shapes_aesthetic": 0.0}
-    large = chosen["side"] == "1024"
-    config.memory.rollout = 1 if large else 4
-    config.memory.decode = config.memory.reward = 4 if large else 16
-    config.memory.train = 4 if large else 16
-    config.search.chunk = 1 if large else 4
-    config.memory.remat = "full"
+    recipes.in_pieces(config, images=16 if chosen["side"] == "512" else 4)
     return config

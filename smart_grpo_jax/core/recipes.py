@@ -12,9 +12,12 @@ from ml_collections import ConfigDict
 from smart_grpo_jax.core import config as configs
 from smart_grpo_jax.core.errors import UserError, nearest
 
-METHODS = ("smart_grpo", "flow_grpo")
-WEIGHTS = ("lora", "full")
-SIDES = ("512", "1024")
+WORDS: Mapping[str, tuple[str, ...]] = {
+    "method": ("smart_grpo", "flow_grpo"),
+    "side": ("512", "1024"),
+    "weights": ("lora", "full"),
+}
+"""What the configs of the published models can be asked for; the first of each is the default."""
 
 
 def choices(argument: str, groups: Mapping[str, Sequence[str]]) -> dict[str, str]:
@@ -69,3 +72,11 @@ def fine_tuning(config: ConfigDict, weights: str) -> None:
     config.adapter.kind = weights
     if weights == "full":
         config.train.learning_rate = 1e-5
+
+
+def in_pieces(config: ConfigDict, images: int) -> None:
+    """At most about so many images or states in one call of a network; the backward pass recomputes."""
+    config.memory.rollout = max(1, images // config.prompts.members)
+    config.memory.decode = config.memory.reward = config.memory.train = images
+    config.search.chunk = max(1, images // config.search.candidates)
+    config.memory.remat = "full"

@@ -15,6 +15,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from smart_grpo_jax.core import schema
@@ -62,7 +63,8 @@ class Run:
         """The state before the first epoch."""
         config = self.config
         if config.adapter.kind == "full":
-            params = jax.tree.map(lambda a: jnp.array(a, jnp.float32), self.frozen["params"])
+            learned = without(self.frozen["params"], self.pipeline.transformer.fixed)
+            params = jax.tree.map(lambda a: jnp.array(a, jnp.float32), learned)
         else:
             adapter = self.pipeline.adapter(config.adapter.rank, config.adapter.alpha, config.adapter.targets)
             key = jax.random.fold_in(rng.key(config.seed, "init"), 1)
@@ -183,7 +185,7 @@ def functions(
 
     def bind(frozen: PyTree, trainable: PyTree) -> PyTree:
         if config.adapter.kind == "full":
-            return {**frozen, "params": trainable, "lora": {}}
+            return {**frozen, "params": together(frozen["params"], trainable), "lora": {}}
         return {**frozen, "lora": trainable}
 
     guided = pipe.guided(velocity, scale)
@@ -197,6 +199,17 @@ def functions(
     )
     reference = lambda frozen: {**frozen, "lora": {}}
     return fns, update.Policy(guided, pipe.unguided(velocity, scale), bind, reference, constrain)
+
+
+def without(params: PyTree, fixed: Sequence[str]) -> PyTree:
+    """The parameters that are learned: a stored table of positions is data, which weight decay must not
+    touch."""
+    return unflatten_dict({k: v for k, v in flatten_dict(params, sep="/").items() if k not in fixed}, sep="/")
+
+
+def together(params: PyTree, learned: PyTree) -> PyTree:
+    """All parameters, the learned ones in the place of their first values."""
+    return unflatten_dict(flatten_dict(params, sep="/") | flatten_dict(learned, sep="/"), sep="/")
 
 
 def spread(mesh: Mesh, tree: PyTree) -> PyTree:

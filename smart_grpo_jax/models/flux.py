@@ -119,6 +119,11 @@ class FluxConfig:
         return 128
 
     @property
+    def fixed(self) -> tuple[str, ...]:
+        """Parameters that are data and never learned."""
+        return ()
+
+    @property
     def embeds_guidance(self) -> bool:
         """Whether guidance is an input of the network."""
         return self.guidance_embeds

@@ -97,6 +97,11 @@ class MMDiTConfig:
         return self.sample_size
 
     @property
+    def fixed(self) -> tuple[str, ...]:
+        """Parameters that are data and never learned."""
+        return ("pos_embed/pos_embed",)
+
+    @property
     def embeds_guidance(self) -> bool:
         """Whether guidance is an input of the network."""
         return False
