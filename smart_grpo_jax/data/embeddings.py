@@ -8,6 +8,7 @@ writer leaves nothing that anyone reads. A record is a JSON header and the raw b
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import jax
-import ml_dtypes
+import ml_dtypes as ml_dtypes  # gives numpy the name "bfloat16"
 import numpy as np
 
 from smart_grpo_jax.core.errors import StorageError, UserError
@@ -30,7 +31,6 @@ STALE = 86_400.0
 """Seconds after which a temporary file belongs to nobody."""
 
 FIELDS = ("tokens", "pooled")
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 Encode = Callable[[Sequence[str]], Conditioning]
 
@@ -88,7 +88,7 @@ class Embeddings:
         return [p for p in prompts if p not in self._memory and p not in self._disk]
 
     def rows(self, prompts: Sequence[str]) -> Conditioning:
-        """The embeddings of these prompts, in this order; numpy arrays."""
+        """The embeddings of these prompts (at least one), in this order; numpy arrays."""
         found = [self._row(prompt) for prompt in prompts]
         tokens, pooled = (np.stack([getattr(row, name) for row in found]) for name in FIELDS)
         return Conditioning(cast(Any, tokens), cast(Any, pooled), found[0].repeats)
@@ -136,15 +136,18 @@ class Embeddings:
                 self._disk |= {prompt: Spot(file, i) for i, prompt in enumerate(prompts_of(file))}
 
 
+def array_record() -> Any:
+    """The library, imported where it is used; an extension module without annotations."""
+    return importlib.import_module("array_record.python.array_record_module")
+
+
 def write_part(folder: Path, rows: dict[str, Row]) -> Path:
     """One part file, complete when it appears."""
-    from array_record.python import array_record_module as array_record
-
     name = f"{os.getpid()}-{uuid.uuid4().hex}"
     temporary, file = folder / f".{name}{SUFFIX}", folder / f"{PARTS}{name}{SUFFIX}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        writer = array_record.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
+        writer = array_record().ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
         for prompt, row in rows.items():
             writer.write(record(prompt, row))
         writer.close()
@@ -172,10 +175,8 @@ def record(prompt: str, row: Row) -> bytes:
 
 def prompts_of(file: Path) -> list[str]:
     """The prompts of a part, in order, each record checked; none, and a line, where the file is damaged."""
-    from array_record.python import array_record_module as array_record
-
     try:
-        reader = array_record.ArrayRecordReader(str(file))
+        reader = array_record().ArrayRecordReader(str(file))
         found = [parse(raw)[0]["prompt"] for raw in reader.read_all()]
         reader.close()
     except Exception as error:  # whatever the library makes of damaged bytes
@@ -186,10 +187,8 @@ def prompts_of(file: Path) -> list[str]:
 
 def read_record(spot: Spot) -> tuple[dict[str, Any], Row]:
     """One record of a part."""
-    from array_record.python import array_record_module as array_record
-
     try:
-        reader = array_record.ArrayRecordReader(str(spot.file))
+        reader = array_record().ArrayRecordReader(str(spot.file), "readahead_buffer_size:0,max_parallelism:0")
         raw = reader.read([spot.index])[0]
         reader.close()
         return parse(raw)
@@ -205,8 +204,11 @@ def parse(raw: bytes) -> tuple[dict[str, Any], Row]:
     if zlib.crc32(body) != header["crc"]:
         raise ValueError("a record has other bytes than when it was written")
     for dtype, shape in header["arrays"]:
-        kind = DTYPES[dtype]
+        kind = np.dtype(dtype)
         count = int(np.prod(shape))
         arrays.append(np.frombuffer(body, kind, count, start).reshape(shape))
         start += count * kind.itemsize
-    return header, Row(*arrays, int(header["repeats"]))
+    tokens, pooled = arrays
+    if not isinstance(header["prompt"], str):
+        raise ValueError("a record has no prompt")
+    return header, Row(tokens, pooled, int(header["repeats"]))

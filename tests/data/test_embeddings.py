@@ -1,6 +1,7 @@
 """Embeddings are computed once, shared, and come back bit for bit; damage costs time and nothing else."""
 
 import os
+import resource
 import threading
 import time
 
@@ -43,7 +44,7 @@ def folder(request, tmp_path):
     return tmp_path if request.param == "disk" else None
 
 
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16, ml_dtypes.float8_e4m3fn])
 def test_rows_come_back_in_any_order_and_as_often_as_asked(folder, dtype):
     encoder = Encoder(dtype)
     store = Embeddings(encoder, "f", folder, batch=3)
@@ -135,6 +136,45 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="could not be written"):
         Embeddings(Encoder(), "f", tmp_path / "file").ensure(PROMPTS)
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_file(tmp_path):
+    soft, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, most))  # smaller than any part
+    try:
+        with pytest.raises(StorageError, match="could not be written") as error:
+            Embeddings(Encoder(), "f", tmp_path).ensure(PROMPTS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, most))
+    assert "\n" not in error.value.line and not list((tmp_path / "f").iterdir())
+
+
+def test_nan_and_signed_zero_keep_their_bits(tmp_path):
+    bits = np.array([0x7F800001, 0xFFC12345, 0x80000000, 1], np.uint32)
+
+    def encode(texts):
+        rows = np.broadcast_to(bits.view(np.float32), (len(texts), 3, 4))
+        return Conditioning(rows, rows[:, 0], 1)
+
+    Embeddings(encode, "f", tmp_path).ensure(PROMPTS)
+    store = Embeddings(encode, "f", tmp_path)
+    store.ensure(PROMPTS)
+    store.release()
+    found = store.rows(PROMPTS[:2])
+    assert (found.tokens.view(np.uint32) == bits).all() and (found.pooled.view(np.uint32) == bits).all()
+
+
+def test_prompts_that_look_alike_are_told_apart(tmp_path):
+    alike = ["caf\u00e9", "cafe\u0301", "cafe", "cafe ", "", "\ud800", "\x00", "a" * 100_000]
+
+    def encode(texts):
+        rows = np.array([[[float(alike.index(text))]] for text in texts], np.float32)
+        return Conditioning(rows, rows[:, 0], 1)
+
+    Embeddings(encode, "f", tmp_path, batch=3).ensure(alike)
+    store = Embeddings(encode, "f", tmp_path)
+    assert store.ensure(alike) == 0
+    assert store.rows(alike).pooled[:, 0].tolist() == list(range(8))
 
 
 def test_processes_begin_apart_and_skip_what_the_others_did(tmp_path, monkeypatch):

@@ -259,7 +259,8 @@ def test_a_model_that_was_cut_short_is_refused_or_lacks_nothing(vocab, tmp_path)
     vocab, table = vocab[:12], charsmap({"a": "b"})
     data = spiece(vocab, table)
     want = load_t5_tokenizer(write(tmp_path, spiece__model=data), 9)(ODD)
-    for end in range(len(data)):
+    inside = range(data.index(table) + 1, data.index(table) + len(table))
+    for end in (end for end in range(len(data)) if end not in inside or end % 50 == 0):
         write(tmp_path, spiece__model=data[:end])
         if end == len(data) - 2:  # nothing is missing but a field that is not read
             np.testing.assert_array_equal(load_t5_tokenizer(tmp_path, 9)(ODD), want)

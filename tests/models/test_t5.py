@@ -9,7 +9,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from smart_grpo_jax.core.errors import UserError
-from smart_grpo_jax.models import t5
+from smart_grpo_jax.models import attention, t5
 from smart_grpo_jax.models.t5 import T5Config, T5Encoder
 
 TINY = dict(
@@ -156,6 +156,17 @@ def test_buckets_equal_transformers_up_to_600_tokens(count, distance):
     relative = torch.arange(600)[None, :] - torch.arange(600)[:, None]
     want = T5Attention._relative_position_bucket(relative, True, count, distance)
     np.testing.assert_array_equal(t5.buckets(600, count, distance), want.numpy())
+
+
+@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
+def test_a_scale_of_one_leaves_the_logits_as_they_are(implementation):
+    q, k, v = (jax.random.normal(key, (2, 5, 3, 4)) for key in jax.random.split(jax.random.key(0), 3))
+    weights = jax.nn.softmax(jnp.einsum("bshd,bthd->bhst", q, k), -1)
+    want = jnp.einsum("bhst,bthd->bshd", weights, v)
+    got = attention.attend(q, k, v, implementation=implementation, scale=1.0)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    halved = attention.attend(q, k, v, implementation=implementation)
+    np.testing.assert_allclose(attention.attend(q, k, v, scale=0.5), halved, rtol=1e-5, atol=1e-6)
 
 
 def test_the_published_size_has_as_many_parameters_as_the_published_file():
