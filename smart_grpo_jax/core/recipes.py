@@ -6,6 +6,7 @@ A recipe fills in what its paper's code does; a config file adds the model and w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -42,7 +43,7 @@ def choices(argument: str, groups: Mapping[str, Sequence[str]]) -> dict[str, str
 
 def flow_grpo() -> ConfigDict:
     """Flow-GRPO as published for SD3.5-M: 48 groups of 24, 10 steps to learn and 40 to evaluate, LoRA."""
-    config = configs.default()
+    config: Any = configs.default()
     config.prompts.groups, config.prompts.members = 48, 24
     config.sampler.steps, config.sampler.eval_steps = 10, 40
     config.sampler.guidance = config.sampler.eval_guidance = 4.5
@@ -58,7 +59,7 @@ def flow_grpo() -> ConfigDict:
 
 def smart_grpo() -> ConfigDict:
     """Algorithm 1 as published, on top of Flow-GRPO: 5 rounds of 5 at the late steps, the mean executed."""
-    config = flow_grpo()
+    config: Any = flow_grpo()
     config.search.rounds, config.search.candidates, config.search.elite = 5, 5, 0.5
     config.search.space, config.search.returns, config.search.steps = "latent", "mean", "late"
     return config
@@ -67,14 +68,14 @@ def smart_grpo() -> ConfigDict:
 RECIPES = {"smart_grpo": smart_grpo, "flow_grpo": flow_grpo}
 
 
-def fine_tuning(config: ConfigDict, weights: str) -> None:
+def fine_tuning(config: Any, weights: str) -> None:
     """LoRA at its published rate, or all weights at a thirtieth of it: a full update moves every weight."""
     config.adapter.kind = weights
     if weights == "full":
         config.train.learning_rate = 1e-5
 
 
-def in_pieces(config: ConfigDict, images: int) -> None:
+def in_pieces(config: Any, images: int) -> None:
     """At most about so many images or states in one call of a network; the backward pass recomputes."""
     config.memory.rollout = max(1, images // config.prompts.members)
     config.memory.decode = config.memory.reward = config.memory.train = images

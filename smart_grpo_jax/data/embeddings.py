@@ -2,7 +2,8 @@
 
 A folder holds immutable part files (array_record), one per batch that was encoded. A part appears under
 its name by a rename, so that any number of processes may share a folder without locks, and a killed
-writer leaves nothing that anyone reads. A record is a JSON header and the raw bytes of its arrays.
+writer leaves nothing that anyone reads. The first record of a part lists its prompts, so that a large
+cache is indexed without reading it; each other record is a JSON header and the raw bytes of its arrays.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ STALE = 86_400.0
 """Seconds after which a temporary file belongs to nobody."""
 
 FIELDS = ("tokens", "pooled")
+
+READING = "readahead_buffer_size:0,max_parallelism:0"
+"""Single records, not whole files."""
 
 Encode = Callable[[Sequence[str]], Conditioning]
 
@@ -120,7 +124,7 @@ class Embeddings:
         else:
             file = write_part(self._folder, rows)
             self._seen.add(file)
-            self._disk |= {prompt: Spot(file, i) for i, prompt in enumerate(rows)}
+            self._disk |= {prompt: Spot(file, i) for i, prompt in enumerate(rows, 1)}
 
     def _refresh(self) -> None:
         """Look at parts that have appeared."""
@@ -133,7 +137,7 @@ class Embeddings:
                         file.unlink()
             elif file.name.startswith(PARTS) and file.suffix == SUFFIX and file not in self._seen:
                 self._seen.add(file)
-                self._disk |= {prompt: Spot(file, i) for i, prompt in enumerate(prompts_of(file))}
+                self._disk |= {prompt: Spot(file, i) for i, prompt in enumerate(prompts_of(file), 1)}
 
 
 def array_record() -> Any:
@@ -148,6 +152,7 @@ def write_part(folder: Path, rows: dict[str, Row]) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         writer = array_record().ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
+        writer.write(json.dumps(list(rows)).encode())
         for prompt, row in rows.items():
             writer.write(record(prompt, row))
         writer.close()
@@ -174,11 +179,13 @@ def record(prompt: str, row: Row) -> bytes:
 
 
 def prompts_of(file: Path) -> list[str]:
-    """The prompts of a part, in order, each record checked; none, and a line, where the file is damaged."""
+    """The prompts of a part, in order; none, and a line, where the file is no whole part."""
     try:
-        reader = array_record().ArrayRecordReader(str(file))
-        found = [parse(raw)[0]["prompt"] for raw in reader.read_all()]
+        reader = array_record().ArrayRecordReader(str(file), READING)
+        found, count = json.loads(reader.read([0])[0]), reader.num_records()
         reader.close()
+        if not all(isinstance(prompt, str) for prompt in found) or count != len(found) + 1:
+            raise ValueError(f"{count} records for {len(found)} prompts")
     except Exception as error:  # whatever the library makes of damaged bytes
         say(f"WARNING: {file} is damaged and is not used ({' '.join(str(error).split())[:80]})")
         return []
@@ -188,12 +195,13 @@ def prompts_of(file: Path) -> list[str]:
 def read_record(spot: Spot) -> tuple[dict[str, Any], Row]:
     """One record of a part."""
     try:
-        reader = array_record().ArrayRecordReader(str(spot.file), "readahead_buffer_size:0,max_parallelism:0")
+        reader = array_record().ArrayRecordReader(str(spot.file), READING)
         raw = reader.read([spot.index])[0]
         reader.close()
         return parse(raw)
     except Exception as error:
-        raise StorageError(f"{spot.file}: cannot be read any more ({error})") from error
+        reason = " ".join(str(error).split())[:60]
+        raise StorageError(f"{spot.file}: is damaged ({reason}); remove it and start again") from error
 
 
 def parse(raw: bytes) -> tuple[dict[str, Any], Row]:

@@ -89,7 +89,7 @@ class Tensors:
         span = self.spans[key]
         size = span.dtype.itemsize
         out = np.empty(count, span.dtype)
-        buffer, done = memoryview(out.view(np.uint8)), 0
+        buffer, done = out.view(np.uint8).data, 0
         try:
             with open(span.file, "rb", buffering=0) as file:
                 file.seek(span.start + skip * size)
@@ -120,7 +120,8 @@ class Tensors:
         for key in sorted(self.spans):
             span = self.spans[key]
             found.update(f"{key} {span.dtype.name} {span.shape}".encode())
-            found.update(self._read(key, 0, min(math.prod(span.shape), 1024 // span.dtype.itemsize)))
+            head = self._read(key, 0, min(math.prod(span.shape), 1024 // span.dtype.itemsize))
+            found.update(head.tobytes())
         return found.hexdigest()
 
 
