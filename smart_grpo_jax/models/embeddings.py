@@ -38,18 +38,33 @@ class TimeTextEmbed(nn.Module):
         self, t: Float[Array, " b"], pooled: Float[Array, "b p"], guidance: Float[Array, " b"] | None = None
     ) -> Float[Array, "b d"]:
         """MLP(sinusoid(1000 t)) [+ MLP(sinusoid(1000 guidance))] + MLP(pooled)."""
-        wave = lambda a: sinusoid(1000.0 * a.astype(jnp.float32))
-        out = Embedding(self.build, name="timestep_embedder")(wave(t))
+        out = Embedding(self.build, name="timestep_embedder")(sinusoid(1000.0 * t.astype(jnp.float32)))
         if guidance is not None:
-            out = out + Embedding(self.build, name="guidance_embedder")(wave(guidance))
+            # At 1000·guidance the last bit of a frequency moves the velocity by 2e-5.
+            wave = sinusoid(1000.0 * guidance.astype(jnp.float32), PUBLISHED)
+            out = out + Embedding(self.build, name="guidance_embedder")(wave)
         return out + Embedding(self.build, name="text_embedder")(pooled)
 
 
-def sinusoid(t: Float[Array, " b"]) -> Float[Array, "b 256"]:
-    """[cos(t f_i), sin(t f_i)], f_i = 10000^(-i/128), float32."""
+def nearest_frequencies() -> np.ndarray:
+    """10000^(-i/128), i < 128, the float32 nearest to the exponential of a float32 exponent."""
     # The exponent is rounded to float32 as in the published code: at t = 1000 the difference is visible.
     exponents = np.float32(-np.log(10000.0)) * np.arange(128, dtype=np.float32) / np.float32(128)
-    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
+    return np.exp(exponents.astype(np.float64)).astype(np.float32)
+
+
+def published_frequencies() -> np.ndarray:
+    """The same with the float32 exponential of PyTorch, which is one unit too large in three places."""
+    frequencies = nearest_frequencies()
+    frequencies[[13, 44, 119]] = np.nextafter(frequencies[[13, 44, 119]], np.float32(1))
+    return frequencies
+
+
+NEAREST, PUBLISHED = nearest_frequencies(), published_frequencies()
+
+
+def sinusoid(t: Float[Array, " b"], frequencies: np.ndarray = NEAREST) -> Float[Array, "b 256"]:
+    """[cos(t f_i), sin(t f_i)], float32."""
     angles = t[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
 

@@ -5,10 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from smart_grpo_jax.core.errors import UserError
 from smart_grpo_jax.models import lora
-from smart_grpo_jax.models.lora import SD3_TARGETS, LoRA, LoRADense
+from smart_grpo_jax.models.flux import Flux
+from smart_grpo_jax.models.lora import FLUX_TARGETS, SD3_TARGETS, LoRA, LoRADense
 from smart_grpo_jax.models.mmdit import MMDiT
 from smart_grpo_jax.models.presets import preset
 
@@ -72,6 +74,26 @@ def test_sd35_medium_has_191_adapted_modules_with_18_8_million_parameters():
     leaves = jax.tree.leaves(tree)
     assert sum(leaf.shape[0] for leaf in leaves) == 2 * 191
     assert sum(int(np.prod(leaf.shape)) for leaf in leaves) == 18_776_064
+
+
+FLUX_DOUBLE = {
+    *(f"attn/{name}" for name in ("to_q", "to_k", "to_v", "to_out_0", "to_add_out")),
+    *(f"attn/add_{name}_proj" for name in "qkv"),
+    *(f"{name}/{part}" for name in ("ff", "ff_context") for part in ("net_0/proj", "net_2")),
+}
+
+
+def test_flux_dev_has_342_adapted_modules():
+    config = preset("flux-dev")["transformer"]
+    shapes = [(1, 2, 2, 16), (1,), (1, 1, 4096), (1, 768), (1,)]
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    tree = jax.eval_shape(Flux(config, 32, 64.0).init, jax.random.key(0), *inputs)["lora"]
+    found = {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
+    single = {f"single/attn/to_{name}" for name in "qkv"}
+    assert {path[:-2] for path in found} == {f"double/{name}" for name in FLUX_DOUBLE} | single
+    assert sum(shape[0] for shape in found.values()) == 2 * (19 * 12 + 38 * 3)
+    assert found["double/ff/net_2/a"] == (19, 4 * 3072, 32)
+    assert set(SD3_TARGETS) < set(FLUX_TARGETS)
 
 
 def test_factors_start_as_published_and_do_not_depend_on_other_targets():
