@@ -12,6 +12,7 @@ from smart_grpo_jax.core.errors import UserError, nearest
 from smart_grpo_jax.models.clip import CLIPConfig
 from smart_grpo_jax.models.flux import FluxConfig
 from smart_grpo_jax.models.mmdit import MMDiTConfig
+from smart_grpo_jax.models.t5 import T5Config
 from smart_grpo_jax.models.vae import VAEConfig
 
 Json = Mapping[str, Any]
@@ -51,6 +52,18 @@ CLIP_BIG_G: Json = {
 }
 
 
+T5_XXL: Json = {
+    "architectures": ["T5EncoderModel"],
+    "d_model": 4096,
+    "d_ff": 10240,
+    "d_kv": 64,
+    "num_heads": 64,
+    "num_layers": 24,
+    "vocab_size": 32128,
+    "feed_forward_proj": "gated-gelu",
+}
+
+
 def sd35(layers: int, dual: int, positions: int) -> dict[str, Json]:
     """Stable Diffusion 3.5: as many heads of 64 features as layers."""
     transformer = {
@@ -62,7 +75,8 @@ def sd35(layers: int, dual: int, positions: int) -> dict[str, Json]:
         "pos_embed_max_size": positions,
         "qk_norm": "rms_norm",
     }
-    return {"transformer": transformer, "vae": VAE_16, "text_encoder": CLIP_L, "text_encoder_2": CLIP_BIG_G}
+    text = {"text_encoder": CLIP_L, "text_encoder_2": CLIP_BIG_G, "text_encoder_3": T5_XXL}
+    return {"transformer": transformer, "vae": VAE_16, **text}
 
 
 VAE_FLUX: Json = {**VAE_16, "scaling_factor": 0.3611, "shift_factor": 0.1159}
@@ -87,7 +101,8 @@ def flux(guidance: bool) -> dict[str, Json]:
         "guidance_embeds": guidance,
         "axes_dims_rope": [16, 56, 56],
     }
-    return {"transformer": transformer, "vae": VAE_FLUX, "text_encoder": pooling(CLIP_L)}
+    text = {"text_encoder": pooling(CLIP_L), "text_encoder_2": T5_XXL}
+    return {"transformer": transformer, "vae": VAE_FLUX, **text}
 
 
 TINY: Mapping[str, Json] = {
@@ -175,6 +190,7 @@ READERS: Mapping[str, Any] = {
     "AutoencoderKL": VAEConfig,
     "CLIPTextModel": CLIPConfig,
     "CLIPTextModelWithProjection": CLIPConfig,
+    "T5EncoderModel": T5Config,
 }
 
 UNNAMED: Mapping[str, str] = {
@@ -188,7 +204,7 @@ UNNAMED: Mapping[str, str] = {
 
 def class_name(part: str, data: Json) -> str:
     """The published class: diffusers writes `_class_name`, transformers a list of `architectures`."""
-    architectures = data.get("architectures") or [UNNAMED[part]]
+    architectures = data.get("architectures") or [UNNAMED.get(part, part)]
     return data.get("_class_name", architectures[0])
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +15,7 @@ from smart_grpo_jax.core.errors import UserError
 from smart_grpo_jax.hub import adapters, functions, pipeline, safetensors, tables, text, weights
 from smart_grpo_jax.hub.scheduler import Scheduler
 from smart_grpo_jax.models import lora
-from smart_grpo_jax.models.flux import FluxConfig
 from smart_grpo_jax.models.presets import preset
-from smart_grpo_jax.models.t5 import T5Config
 
 T5 = 40
 
@@ -297,29 +294,17 @@ def test_another_class_where_t5_should_be_is_refused(tiny, tmp_path):
         pipeline.load_pipeline(root)
 
 
-T5_XXL = T5Config.from_json(
-    {
-        "d_model": 4096,
-        "d_ff": 10240,
-        "d_kv": 64,
-        "num_heads": 64,
-        "num_layers": 24,
-        "vocab_size": 32128,
-        "feed_forward_proj": "gated-gelu",
-    }
-)
-FLUX_DEV = FluxConfig(guidance_embeds=True)
-CLIP_L = preset("sd35-medium")["text_encoder"]
+MEDIUM, FLUX_DEV = preset("sd35-medium"), preset("flux-dev")
 
 SIZES = {
-    "sd35-medium": (weights.MMDIT, preset("sd35-medium")["transformer"], 2_243_171_520, 909),
+    "sd35-medium": (weights.MMDIT, MEDIUM["transformer"], 2_243_171_520, 909),
     "sd35-large": (weights.MMDIT, preset("sd35-large")["transformer"], 8_056_627_520, 1227),
-    "flux-dev": (weights.FLUX, FLUX_DEV, 11_901_408_320, 1160),
-    "vae": (weights.VAE, preset("sd35-medium")["vae"], 83_819_683, 244),
-    "clip-l": (weights.CLIP_TEXT, CLIP_L, 123_650_304, 197),
-    "clip-l of flux": (weights.CLIP_TEXT, replace(CLIP_L, projection=False), 123_060_480, 196),
-    "clip-g": (weights.CLIP_TEXT, preset("sd35-medium")["text_encoder_2"], 694_659_840, 517),
-    "t5-xxl": (weights.T5, T5_XXL, 4_762_310_656, 219),
+    "flux-dev": (weights.FLUX, FLUX_DEV["transformer"], 11_901_408_320, 1160),
+    "vae": (weights.VAE, MEDIUM["vae"], 83_819_683, 244),
+    "clip-l": (weights.CLIP_TEXT, MEDIUM["text_encoder"], 123_650_304, 197),
+    "clip-l of flux": (weights.CLIP_TEXT, FLUX_DEV["text_encoder"], 123_060_480, 196),
+    "clip-g": (weights.CLIP_TEXT, MEDIUM["text_encoder_2"], 694_659_840, 517),
+    "t5-xxl": (weights.T5, FLUX_DEV["text_encoder_2"], 4_762_310_656, 219),
 }
 
 
