@@ -30,8 +30,8 @@ BATCH = 16
 """Prompts encoded at once; smaller calls are filled up, so that there is one program and a prompt's
 embedding does not depend on the company that it is encoded in."""
 
-FORMAT = "embeddings 1"
-"""Changed whenever equal files come to give other embeddings."""
+FORMAT = "embeddings 2"
+"""Changed whenever equal files come to give other embeddings, or parts are written in another way."""
 
 T5_BATCH = 8
 """The same where T5 is among the encoders: its attention logits are 64 heads × length² per prompt."""

@@ -23,7 +23,7 @@ from smart_grpo_jax.core import config as configs
 
 def get_config():
     config = configs.default()
-    config.model.path = "{model}"
+    config.model.path, config.prompts.cache = "{model}", "off"
     config.adapter.kind = "full"
     config.prompts.groups = config.prompts.members = 4
     config.sampler.steps = config.sampler.eval_steps = 6

@@ -5,6 +5,8 @@ import types
 import numpy as np
 import pytest
 
+from smart_grpo_jax.hub.streaming import long_axis
+
 
 class StateDict:
     """The tensors of a torch module as a reader of weight tables."""
@@ -20,6 +22,10 @@ class StateDict:
 
     def tensor(self, key):
         return self.state[key]
+
+    def rows(self, key, start, stop):
+        axis = long_axis(self.shape(key))
+        return self.state[key][(slice(None),) * axis + (slice(start, stop),)]
 
     def file(self, key):
         return "state_dict"

@@ -112,7 +112,7 @@ CONTROLS = ["exact GELU", "norm_out swapped", "dual branch after the residual", 
 @pytest.mark.torch
 @pytest.mark.parametrize("mistake", CONTROLS)
 def test_the_tolerance_notices(mistake, oracle, wrong, monkeypatch):
-    config, params, batch, theirs = both("one_dual_patch_1", oracle)
+    config, params, batch, theirs = both("two_dual_no_joint", oracle)
     context = contextlib.nullcontext()
     if mistake == "exact GELU":
         monkeypatch.setattr(layers, "gelu", wrong.gelu)
@@ -124,7 +124,8 @@ def test_the_tolerance_notices(mistake, oracle, wrong, monkeypatch):
         context = dual_after_the_residual()
     with context:
         ours = velocity(MMDiT(config))(params, *batch)
-    assert oracle.difference(ours, theirs) > 5e-5  # the exact GELU gives 1e-4, the others more than 0.1
+    # Ten times what passes; the exact GELU gives 1.4e-4, the others more than 0.1.
+    assert oracle.difference(ours, theirs) > 1e-4
 
 
 @pytest.mark.torch
