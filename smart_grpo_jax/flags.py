@@ -38,6 +38,7 @@ class Flags:
 
 WHOLE = ("seed", "seeds", "steps", "batch", "epoch")
 NUMBERS = ("guidance",)
+CHOICES = {"weights": ("ema", "raw"), "format": ("lora", "full", "orbax", "all")}
 NAMES = ("config", "workdir", "mode", "prompts", "size", "lora", "weights", "format", "out", *WHOLE, *NUMBERS)
 
 
@@ -66,6 +67,9 @@ def parse(argv: Sequence[str], modes: Iterable[str]) -> Flags:
     mode = values.get("mode", "train")
     if mode not in modes:
         raise UserError(f'--mode: got "{mode}" ({nearest(mode, modes)})')
+    for name, known in CHOICES.items():
+        if name in values and values[name] not in known:
+            raise UserError(f'--{name}: got "{values[name]}" ({nearest(values[name], known)})')
     numbers: dict[str, float] = {name: _whole(name, values.pop(name)) for name in WHOLE if name in values}
     numbers |= {name: _number(name, values.pop(name)) for name in NUMBERS if name in values}
     return Flags(**values, **numbers, overrides=tuple(overrides))  # type: ignore[arg-type]

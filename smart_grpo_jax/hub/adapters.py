@@ -14,8 +14,9 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -256,7 +257,8 @@ def to_tensors(
 
 def fold(path: Path, table: tables.Table, config: Any, base: PyTree) -> PyTree:
     """The transformer's weights with the adapters of a file or folder folded in."""
-    return merge(base, read(path, table, config), 1.0)
+    with jax.default_matmul_precision("highest"):  # accelerators multiply float32 in fewer bits by default
+        return merge(base, read(path, table, config), 1.0)
 
 
 def start(file: Path, read_tree: PyTree, fresh: PyTree, scale: float) -> PyTree:
@@ -265,7 +267,7 @@ def start(file: Path, read_tree: PyTree, fresh: PyTree, scale: float) -> PyTree:
     Ranks that the file does not have, and layers that it does not adapt, keep their fresh a and b = 0: they
     change nothing yet and can learn.
     """
-    ours, theirs = flatten_dict(fresh, sep="/"), flatten_dict(read_tree, sep="/")
+    ours, theirs = (cast(dict[str, Any], flatten_dict(tree, sep="/")) for tree in (fresh, read_tree))
     for path in sorted({name.rsplit("/", 1)[0] for name in theirs}):
         if f"{path}/a" not in ours:
             raise UserError(f"adapter.init: {file} adapts {path}, which adapter.targets does not")

@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +87,7 @@ def modules(tensors: Mapping[str, np.ndarray], prefix: str) -> list[str]:
 def merged(base: PyTree, lora: PyTree, scale: float, dtype: Any) -> Callable[[str], Any]:
     """leaf(path) of the base with the adapters folded in, made when it is asked for: W + scale·a b, summed
     in float32."""
-    leaves, factors = flatten_dict(base, sep="/"), flatten_dict(lora, sep="/")
+    leaves, factors = (cast(dict[str, Any], flatten_dict(tree, sep="/")) for tree in (base, lora))
     kept: dict[str, Any] = {}
 
     def leaf(path: str) -> Any:
@@ -95,7 +95,8 @@ def merged(base: PyTree, lora: PyTree, scale: float, dtype: Any) -> Callable[[st
             kept.clear()  # one leaf at a time: the tensors of a leaf come one after the other
             value, stem = leaves[path], path.rsplit("/", 1)[0]
             if path.endswith("/kernel") and f"{stem}/a" in factors:
-                delta = jnp.einsum("...ir,...ro->...io", factors[f"{stem}/a"], factors[f"{stem}/b"])
+                a, b = factors[f"{stem}/a"], factors[f"{stem}/b"]
+                delta = jnp.einsum("...ir,...ro->...io", a, b, precision="highest")
                 value = value.astype(jnp.float32) + scale * delta
             kept[path] = jnp.asarray(value, dtype)
         return kept[path]
@@ -146,37 +147,39 @@ def shards(
     yield part
 
 
-def same_tensors(name: str, reader: safetensors.Tensors, meant: Iterable[tuple[str, np.ndarray]]) -> int:
-    """How many tensors a written file has: exactly those that were meant, each equal to the bit."""
-    left, count = reader.keys(), 0
-    for count, (key, wanted) in enumerate(meant, 1):
-        if key not in left:
-            raise StorageError(f"export {name}: {reader.file(key)} has come back without {key!r}")
-        left.discard(key)
+def same_keys(name: str, reader: safetensors.Tensors, meant: Iterable[str]) -> int:
+    """How many tensors a written file has: those that were meant, none more and none less."""
+    found, wanted = reader.keys(), set(meant)
+    if missing := wanted - found:
+        raise StorageError(f"export {name}: {reader.path} has come back without {min(missing)!r}")
+    if unknown := found - wanted:
+        raise StorageError(f"export {name}: {reader.path} has come back with an unknown {min(unknown)!r}")
+    return len(found)
+
+
+def same_tensors(name: str, reader: safetensors.Tensors, meant: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Each tensor of a written file is equal to the bit to the one that was meant."""
+    for key, wanted in meant:
         if not same_bits(reader.tensor(key), wanted):
             raise StorageError(f"export {name}: {reader.file(key)}: {key!r} has come back with other bits")
-    if left:
-        raise StorageError(f"export {name}: {reader.path} has come back with an unknown {min(left)!r}")
-    return count
 
 
-def same_trees(name: str, found: PyTree, meant: PyTree) -> int:
-    """How many leaves a tree has that was read back: the same names, shapes, types and bits."""
+def same_trees(name: str, found: PyTree, meant: PyTree) -> None:
+    """A tree that was read back has the names, shapes, types and bits that were meant."""
     ours, theirs = flatten_dict(meant, sep="/"), flatten_dict(found, sep="/")
     if odd := set(ours) ^ set(theirs):
         raise StorageError(f"export {name}: {min(odd)} is only in one of what was written and what was read")
     for path, leaf in ours.items():
         if not same_bits(np.asarray(theirs[path]), np.asarray(leaf)):
             raise StorageError(f"export {name}: {path} has come back with other bits")
-    return len(ours)
 
 
 def same_bits(found: np.ndarray, meant: np.ndarray) -> bool:
     """Equal shape, type and bytes; unlike ==, this tells zeros by their sign and knows that NaN is NaN."""
     if (found.shape, found.dtype) != (meant.shape, meant.dtype):
         return False
-    raw = (np.ascontiguousarray(a).reshape(-1).view(np.uint8) for a in (found, meant))
-    return np.array_equal(*raw)
+    raw = [np.ascontiguousarray(a).reshape(-1).view(np.uint8) for a in (found, meant)]
+    return np.array_equal(raw[0], raw[1])
 
 
 @contextlib.contextmanager
@@ -194,11 +197,11 @@ def compare(
     name: str, found: jax.Array, wanted: jax.Array, base: jax.Array, tensors: int, tolerance: float
 ) -> Check:
     """The velocity of what was read back against the trainer's and the base's, in units of its maximum."""
-    found, wanted, base = (np.asarray(v, np.float64) for v in (found, wanted, base))
-    if not np.isfinite(wanted).all():
+    read, own, plain = (np.asarray(v, np.float64) for v in (found, wanted, base))
+    if not np.isfinite(own).all():
         raise NumericsError(f"export {name}: the velocity of the checkpoint itself is not finite")
-    off = lambda a, b: float(np.abs(a - b).max() / np.abs(wanted).max())
-    check = Check(name, tensors, off(found, wanted), off(found, base), off(wanted, base))
+    off = lambda a, b: float(np.abs(a - b).max() / np.abs(own).max())
+    check = Check(name, tensors, off(read, own), off(read, plain), off(own, plain))
     if not check.difference <= tolerance:
         raise StorageError(
             f"export {name}: velocity differs by {check.difference:.1e}, wanted ≤ {tolerance:.0e}"

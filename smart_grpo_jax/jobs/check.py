@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 
 from smart_grpo_jax.core.config import Config
 from smart_grpo_jax.core.errors import UserError
@@ -14,8 +14,13 @@ from smart_grpo_jax.rewards import base
 def check(config: Config) -> None:
     """One UserError for a model, prompts or rewards that do not exist."""
     pipeline_folder(config.model.path)
-    if config.adapter.init and not os.path.exists(config.adapter.init):
-        raise UserError(f'adapter.init: got "{config.adapter.init}", wanted a LoRA file or folder')
+    if config.adapter.init:
+        from smart_grpo_jax.hub import adapters
+
+        try:
+            adapters.find(Path(config.adapter.init))
+        except UserError as error:
+            raise UserError(f"adapter.init: {error}") from error
     prompts.check(config.prompts.source)
     prompts.check(config.eval.source, "eval.source")
     for field in ("rewards", "search_reward", "eval_rewards"):

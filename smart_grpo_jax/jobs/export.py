@@ -1,14 +1,12 @@
 """`--mode=export`: a checkpoint as files that diffusers, peft and other users of JAX load.
 
-Everything is written to a temporary folder, read back from there, compared with the trainer's velocity,
-and renamed last: a folder under its own name is a checked one.
+Everything is written to a temporary folder, read back from there, compared with what was meant and with
+the trainer's velocity, and renamed last: a folder under its own name is a checked one.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,53 +16,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from smart_grpo_jax.core import schema
-from smart_grpo_jax.core.config import Config, searched_steps
-from smart_grpo_jax.core.errors import UserError, nearest
+from smart_grpo_jax.core.config import Config
+from smart_grpo_jax.core.errors import StorageError, UserError
 from smart_grpo_jax.core.types import PyTree
-from smart_grpo_jax.hub import adapters, card, export, folder, safetensors, tables
+from smart_grpo_jax.data import prompts as prompt_data
+from smart_grpo_jax.hub import adapters, export, folder, safetensors, tables
 from smart_grpo_jax.hub.export import Check
 from smart_grpo_jax.hub.locate import pipeline_folder
 from smart_grpo_jax.hub.tokenizers import read_json
-from smart_grpo_jax.jobs import assemble
-from smart_grpo_jax.jobs.assemble import Run
+from smart_grpo_jax.jobs import assemble, export_facts
+from smart_grpo_jax.jobs.export_facts import Trained
 from smart_grpo_jax.models.lora import merge
-from smart_grpo_jax.runtime import metrics
 from smart_grpo_jax.runtime.checkpoint import Checkpoints, load_params, save_params
 from smart_grpo_jax.runtime.files import remove, storage
 from smart_grpo_jax.runtime.progress import Heartbeat, say, table
-
-MARK = "export.json"
-"""What a folder must hold to be replaced by a new export."""
+from smart_grpo_jax.runtime.run_folder import check_same
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 """Largest difference of the velocity, over its maximum: rounding of the folded scale; 8 bits of bfloat16."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """The weights that are exported, and where they come from."""
-
-    run: Run
-    weights: PyTree
-    epoch: int
-    which: str
-    state_hash: str
-
-    @property
-    def lora(self) -> PyTree:
-        """The adapter; empty where all weights were trained."""
-        return self.weights if self.run.config.adapter.kind == "lora" else {}
-
-    @property
-    def base(self) -> PyTree:
-        """The transformer that the adapter belongs to, or the trained one."""
-        return self.run.frozen["params"] if self.lora else self.weights
-
-    @property
-    def scale(self) -> float:
-        """alpha / rank."""
-        return self.run.config.adapter.alpha / self.run.config.adapter.rank
 
 
 def job(
@@ -72,8 +41,12 @@ def job(
 ) -> None:
     """Write and check what `form` names: lora, full, orbax or all."""
     forms = wanted(config, form)
+    stored = export_facts.run_config(Path(workdir), config)
+    check_same(meaning(stored), meaning(config), "adapter")
+    if out:
+        refuse_to_replace(Path(out).resolve())
     trained = load(config, workdir, epoch, weights or config.eval.weights)
-    target = Path(out) if out else Path(workdir) / "export" / f"epoch-{trained.epoch}"
+    target = Path(out or Path(workdir) / "export" / f"epoch-{trained.epoch}").resolve()
     refuse_to_replace(target)
     made = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
@@ -81,90 +54,133 @@ def job(
             made.mkdir(parents=True)
         with Heartbeat("exporting"):
             checks = [check for name in forms for check in FORMS[name](trained, made)]
-        describe(trained, Path(workdir), made, checks)
+        remarks = doubts(trained, checks)
+        with storage(made):
+            export_facts.describe(trained, stored, Path(workdir), made, checks, remarks)
         with storage(target):
             remove(target)
             os.replace(made, target)
     finally:
         remove(made)
-    cells = [
-        [c.name, f"{c.tensors}/{c.tensors}", f"{c.difference:.1e}", f"{c.from_base:.1e}"] for c in checks
-    ]
-    say(table(cells, ["written", "tensors", "velocity off by", "away from the base"]))
-    if all(check.from_base == 0 for check in checks):
-        say("WARNING: these weights are still the base's: nothing has been learned yet")
-    say(f"export in {target}; README.md says how to load it")
+    report(checks, remarks, target)
 
 
 def wanted(config: Config, form: str | None) -> list[str]:
     """The forms to write; an adapter that does not exist cannot be."""
     own = "lora" if config.adapter.kind == "lora" else "full"
     form = form or own
-    if form not in (*FORMS, "all"):
-        raise UserError(f'--format: got "{form}" ({nearest(form, [*FORMS, "all"])})')
     if form == "lora" and own == "full":
         raise UserError("--format: got lora, wanted full or orbax with adapter.kind = full")
     return [name for name in FORMS if form in (name, "all") and not (name == "lora" and own == "full")]
 
 
-def load(config: Config, workdir: str, epoch: int | None, which: str) -> Trained:
-    """The newest checkpoint, or that of an epoch."""
-    if which not in ("ema", "raw"):
-        raise UserError(f'--weights: got "{which}", wanted ema or raw')
-    run = assemble.assemble(config, training=False)
-    with Checkpoints(workdir, keep=1, best_of=None, say=say, read_only=True) as checkpoints:
-        restored = checkpoints.restore(run.state(), epoch=epoch)
-    if restored is None:
-        raise UserError(f"{workdir}: no checkpoint to export; train first, or name the run with --workdir")
-    weights = restored.state.ema if which == "ema" else restored.state.params
-    return Trained(run, weights, restored.epoch, which, restored.state_hash)
+def meaning(config: Config) -> dict[str, Any]:
+    """What says how the arrays of a checkpoint are to be read."""
+    adapter = config.adapter
+    return {"kind": adapter.kind, "rank": adapter.rank, "alpha": adapter.alpha, "targets": adapter.targets}
 
 
 def refuse_to_replace(target: Path) -> None:
     """Only an earlier export gives way to a new one."""
-    if target.exists() and not (target / MARK).is_file():
+    if target.exists() and not (target / export_facts.MARK).is_file():
         raise UserError(f"--out: {target} exists and is no export, wanted a new folder")
+
+
+def load(config: Config, workdir: str, epoch: int | None, which: str) -> Trained:
+    """The newest checkpoint, or that of an epoch; looked for before the model is loaded."""
+    if jax.process_count() > 1:
+        raise UserError(
+            f"--mode=export: got {jax.process_count()} processes, wanted one (on a host of its own: "
+            "JAX_PLATFORMS=cpu)"
+        )
+    with Checkpoints(workdir, keep=1, best_of=None, say=say, read_only=True) as checkpoints:
+        have = checkpoints.list_epochs()
+        if not have:
+            raise UserError(
+                f"{workdir}: no checkpoint to export; train first, or name the run with --workdir"
+            )
+        if epoch is not None and epoch not in have:
+            raise UserError(f"--epoch: got {epoch}, wanted one of {', '.join(map(str, have[-5:]))}")
+        items = prompt_data.evaluation_items(prompt_data.load(config.eval.source), 2)
+        run = assemble.assemble(quiet(config), items, training=False)
+        restored = checkpoints.restore(run.state(), epoch=epoch)
+    if restored is None:
+        raise UserError(f"{workdir}: no checkpoint to export")
+    weights = restored.state.ema if which == "ema" else restored.state.params
+    return Trained(run, weights, restored.epoch, which, restored.state_hash)
+
+
+def quiet(config: Config) -> Config:
+    """The config without what an export has no use for: rewards with their weights, the adapter's start."""
+    return dataclasses.replace(
+        config,
+        adapter=dataclasses.replace(config.adapter, init=""),
+        rewards={"compressibility": 1.0},
+        search_reward={},
+        eval_rewards={},
+    )
 
 
 def as_lora(trained: Trained, out: Path) -> list[Check]:
     """diffusers' file and peft's folder."""
-    adapter, pipe = trained.run.config.adapter, trained.run.pipeline
-    place = (pipe.weights_table, pipe.transformer)
-    export.write_lora(out, *place, trained.lora, adapter.rank, trained.scale)
+    adapter, pipe, scale = trained.run.config.adapter, trained.run.pipeline, trained.scale
+    export.write_lora(out, *trained.place, trained.lora, adapter.rank, scale)
     base = trained.run.config.model.path
-    export.write_peft(out / "peft", *place, trained.lora, adapter.rank, adapter.alpha, base)
+    export.write_peft(out / "peft", *trained.place, trained.lora, adapter.rank, adapter.alpha, base)
+    read = pipe.velocity_fn(adapter.rank, float(adapter.rank), adapter.targets)
     checks = []
-    for name, file in (("lora", out / adapters.FILE), ("peft", out / "peft" / adapters.PEFT_FILE)):
-        tree = adapters.read(file, *place)
-        read = pipe.velocity_fn(adapter.rank, float(adapter.rank), adapter.targets)
-        found = velocity(trained, read, {"params": trained.base, "lora": tree})
-        count = len(safetensors.Tensors(file).keys())
-        checks.append(verdict(trained, name, found, count))
+    for name, file, prefix, factor in (
+        ("lora", out / adapters.FILE, adapters.PREFIX, scale),
+        ("peft", out / "peft" / adapters.PEFT_FILE, adapters.PEFT_PREFIX, 1.0),
+    ):
+        meant = adapters.to_tensors(*trained.place, trained.lora, factor, prefix)
+        with export.reading_back(name):
+            reader, tree = safetensors.Tensors(file), adapters.read(file, *trained.place)
+            count = export.same_keys(name, reader, meant)
+            checks.append(verdict(trained, name, read, {"params": trained.base, "lora": tree}, count))
+            export.same_tensors(name, reader, meant.items())
+            export.same_trees(name, tree, folded(trained.lora, scale))
     return checks
+
+
+def folded(lora: PyTree, scale: float) -> PyTree:
+    """The adapter with its scale in b: what a file of it must mean to a reader."""
+    fold = lambda path, leaf: scale * np.asarray(leaf) if path[-1].key == "b" else leaf
+    return jax.tree_util.tree_map_with_path(fold, lora)
 
 
 def as_full(trained: Trained, out: Path) -> list[Check]:
     """The transformer's folder, adapters merged."""
-    run, pipe = trained.run, trained.run.pipeline
+    run, pipe, name = trained.run, trained.run.pipeline, trained.run.pipeline.weights_table.name
     published = read_json(pipeline_folder(run.config.model.path) / "transformer", "config.json")
     leaf = export.merged(trained.base, trained.lora, trained.scale, pipe.dtype)
-    place = (pipe.weights_table, pipe.transformer)
-    export.write_transformer(out / "transformer", *place, published, leaf, pipe.dtype)
-    config = folder.read_config(out, "transformer", pipe.weights_table.name)
-    again = folder.read_params(out, "transformer", pipe.weights_table.name, config, None)
-    found = velocity(trained, pipe.velocity_fn(), {"params": again, "lora": {}})
-    count = sum(len(place.keys) for place in tables.places(*place))
-    return [verdict(trained, "full", found, count)]
+    export.write_transformer(out / "transformer", *trained.place, published, leaf, pipe.dtype)
+    with export.reading_back("full"):
+        config = folder.read_config(out, "transformer", name)
+        if config != pipe.transformer:
+            raise StorageError(f"export full: {out / 'transformer' / 'config.json'} is another model's")
+        reader = folder.open_weights(out, "transformer", name)
+        count = export.same_keys("full", reader, [key for key, *_ in tables.lazily(*trained.place, leaf)])
+        again = folder.read_params(out, "transformer", name, config, None)
+        check = verdict(trained, "full", pipe.velocity_fn(), {"params": again, "lora": {}}, count)
+        meant = ((key, make()) for key, _, make in tables.lazily(*trained.place, leaf))
+        export.same_tensors("full", reader, meant)
+    return [check]
 
 
 def as_orbax(trained: Trained, out: Path) -> list[Check]:
-    """Trees for other users of JAX: what was trained, and the whole transformer."""
-    whole = merge(trained.base, trained.lora, trained.scale) if trained.lora else trained.weights
-    save_params(out / "orbax" / "trained", trained.weights)
-    save_params(out / "orbax" / "merged", whole)
-    again = load_params(out / "orbax" / "merged", whole)
-    found = velocity(trained, trained.run.pipeline.velocity_fn(), {"params": again, "lora": {}})
-    return [verdict(trained, "orbax", found, len(jax.tree.leaves(again)))]
+    """Trees for other users of JAX: the whole transformer, and the adapter where there is one."""
+    with jax.default_matmul_precision("highest"):
+        trees = {"merged": merge(trained.base, trained.lora, trained.scale)}
+    trees |= {"trained": trained.lora} if trained.lora else {}
+    for name, tree in trees.items():
+        save_params(out / "orbax" / name, tree)
+    read = {name: load_params(out / "orbax" / name, tree) for name, tree in trees.items()}
+    params = {"params": read["merged"], "lora": {}}
+    count = len(jax.tree.leaves(trees))
+    check = verdict(trained, "orbax", trained.run.pipeline.velocity_fn(), params, count)
+    export.same_trees("orbax", read, trees)
+    return [check]
 
 
 FORMS: Mapping[str, Callable[[Trained, Path], list[Check]]] = {
@@ -177,74 +193,42 @@ FORMS: Mapping[str, Callable[[Trained, Path], list[Check]]] = {
 def velocity(trained: Trained, network: Any, params: PyTree) -> jax.Array:
     """The network's velocity on fixed noise, two times and two prompts."""
     run = trained.run
-    texts = [run.config.prompts.negative, run.eval_items[0].text]
+    texts = [run.eval_items[0].text, run.eval_items[-1].text]
     x = jax.random.normal(jax.random.key(0), (2, *run.shape.latent))
     t = jnp.array([0.9, 0.4], jnp.float32)
     scale = jnp.float32(run.config.sampler.guidance) if run.pipeline.transformer.embeds_guidance else None
-    return jax.jit(network)(params, x, t, run.embeddings.rows(texts), scale)
+    with jax.default_matmul_precision("highest"):  # TOLERANCE is float32's, whatever the device prefers
+        return jax.jit(network)(params, x, t, run.embeddings.rows(texts), scale)
 
 
-def verdict(trained: Trained, name: str, found: jax.Array, count: int) -> Check:
-    """The comparison with the trainer's own function and with the base."""
+def verdict(trained: Trained, name: str, network: Any, params: PyTree, count: int) -> Check:
+    """What was read back beside the trainer's own function and the base."""
     run = trained.run
+    found = velocity(trained, network, params)
     own = velocity(trained, run.velocity, run.policy.bind(run.frozen, trained.weights))
     base = velocity(trained, run.velocity, run.policy.reference(run.frozen))
     return export.compare(name, found, own, base, count, TOLERANCE[run.config.model.dtype])
 
 
-def describe(trained: Trained, workdir: Path, out: Path, checks: list[Check]) -> None:
-    """The model card and its facts as JSON."""
-    run, config = trained.run, trained.run.config
-    facts = facts_of(trained, workdir)
-    search = "Smart-GRPO" if searched_steps(config) else "Flow-GRPO"
-    settings = {
-        "title": f"{Path(config.model.path).name}, {search}, epoch {trained.epoch}",
-        "method": search,
-        "base": config.model.path,
-        "pipeline": run.pipeline.family.name,
-        "transformer": run.pipeline.weights_table.name,
-        "prompt": run.eval_items[0].text,
-        "steps": config.sampler.eval_steps,
-        "guidance": config.sampler.eval_guidance,
-    }
-    files = card.digests(out)
-    folder.write_text(out / "README.md", card.card(facts, settings, checks, files))
-    rows = [check._asdict() for check in checks]
-    folder.write_text(out / MARK, json.dumps({**facts, "checks": rows, "files": files}, indent=2) + "\n")
+def doubts(trained: Trained, checks: list[Check]) -> list[str]:
+    """What a reader of the numbers must know."""
+    if not trained.has_learned():
+        return ["these weights are still the base's: nothing has been learned yet"]
+    dtype = trained.run.config.model.dtype
+    return [
+        f"{c.name}: the velocity is off by {c.difference:.1e} in {dtype}, where training has moved it by "
+        f"{c.learned:.1e} only"
+        for c in checks
+        if c.difference > c.learned / 2
+    ]
 
 
-def facts_of(trained: Trained, workdir: Path) -> dict[str, Any]:
-    """What the card's table tells of the run."""
-    config = trained.run.config
-    adapter = config.adapter
-    kind = f"LoRA, rank {adapter.rank}, alpha {adapter.alpha:g}" if adapter.kind == "lora" else "all weights"
-    facts = {
-        "epoch": trained.epoch,
-        "weights": {"ema": "averaged weights", "raw": "raw weights"}[trained.which],
-        "trained": kind,
-        "rewards": ", ".join(f"{k} {schema.weight_of(v):g}" for k, v in config.rewards.items()),
-        "prompts": f"{config.prompts.source}, {config.prompts.groups} × {config.prompts.members} an epoch",
-        "loss": f"{config.train.loss}, learning rate {config.train.learning_rate:g}",
-        "sampler": f"{config.sampler.transition}, {config.sampler.steps} steps, guidance "
-        f"{config.sampler.guidance:g}, noise {config.sampler.noise_level:g}",
-        "search": f"{config.search.rounds} rounds of {config.search.candidates}"
-        if searched_steps(config)
-        else "none",
-        "seed": config.seed,
-        "state_hash": trained.state_hash,
-        "versions": ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("jax", "flax", "numpy")),
-    }
-    return facts | evaluated(workdir, trained.epoch)
-
-
-def evaluated(workdir: Path, epoch: int) -> dict[str, float]:
-    """The evaluation of this epoch and of the base, where the run has them."""
-    try:
-        lines = {row["epoch"]: row for row in metrics.read(workdir)}
-    except (OSError, UserError):
-        return {}
-    found = {}
-    for label, row in (("base", lines.get(0, {})), ("trained", lines.get(epoch, {}))):
-        scores = {k: v for k, v in row.items() if k.startswith("eval/") and np.isfinite(v)}
-        found |= {f"{name}, {label}": round(float(value), 4) for name, value in scores.items()}
-    return found
+def report(checks: list[Check], remarks: list[str], target: Path) -> None:
+    """What was written and checked."""
+    cells = [
+        [c.name, f"{c.tensors}/{c.tensors}", f"{c.difference:.1e}", f"{c.from_base:.1e}"] for c in checks
+    ]
+    say(table(cells, ["written", "tensors", "velocity off by", "away from the base"]))
+    for remark in remarks:
+        say(f"WARNING: {remark}")
+    say(f"export in {target}; README.md says how to load it")

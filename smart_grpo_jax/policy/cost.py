@@ -56,9 +56,7 @@ def learning(
     return {"velocity": states * forwards, "backward": states, "decode": 0, "reward": 0, "images": 0}
 
 
-def epoch(
-    shape: Shape, recipe: Recipe, config: Config, masks: Masks, calls: Calls = calls
-) -> dict[str, int]:
+def epoch(shape: Shape, recipe: Recipe, config: Config, masks: Masks, calls: Calls = calls) -> dict[str, int]:
     """One epoch of training."""
     groups = int(np.sum(np.asarray(masks.real)))
     searched = int(np.sum(np.asarray(masks.searched)))

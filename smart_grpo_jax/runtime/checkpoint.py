@@ -271,14 +271,23 @@ def _not_orbax(record: logging.LogRecord) -> bool:
 
 
 def save_params(path: str | os.PathLike[str], tree: PyTree) -> None:
-    """A parameter tree for other users of JAX: `StandardCheckpointer().restore(path)` reads it."""
+    """A parameter tree for other users of JAX: `StandardCheckpointer().restore(path)` reads it.
+
+    As arrays of the host: orbax ties a jax.Array to its devices and, without a target, reads it on no others.
+    """
     _silence_orbax()
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(Path(path).absolute(), tree)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(Path(path).absolute(), jax.tree.map(np.asarray, tree))
+    except Exception as error:
+        raise StorageError(f"{path}: could not be written ({' '.join(str(error).split())[:80]})") from error
 
 
 def load_params(path: str | os.PathLike[str], like: PyTree) -> PyTree:
     """What `save_params` wrote, laid out as `like`."""
     _silence_orbax()
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(Path(path).absolute(), like)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(Path(path).absolute(), like)
+    except Exception as error:
+        raise StorageError(f"{path}: cannot be read ({' '.join(str(error).split())[:80]})") from error

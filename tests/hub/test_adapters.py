@@ -1,6 +1,7 @@
 """LoRA files of every spelling: the same tree, or one line that says why not."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,13 @@ SPELLINGS = {
     "peft in memory": lambda key: key.replace("lora_A.", "lora_A.default.").replace(
         "lora_B.", "lora_B.default."
     ),
+    "peft with a name": lambda key: re.sub(r"lora_([AB])", r"lora_\1.my_own", key),
     "older diffusers": lambda key: key.replace("lora_A", "lora.down").replace("lora_B", "lora.up"),
+    "attention processors": lambda key: re.sub(
+        r"\.attn\.(to_out|\w+)(\.0)?\.lora_([AB])",
+        lambda m: f".attn.processor.{m[1]}_lora.{'down' if m[3] == 'A' else 'up'}",
+        key,
+    ),
 }
 
 
@@ -114,6 +121,8 @@ def peft(tmp_path, case, **change):
         ({"lora_alpha": None}, "lora_alpha"),
         ({"lora_alpha": "much"}, "lora_alpha"),
         ({"alpha_pattern": 3}, "lora_alpha"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
     ],
 )
 def test_an_adapter_that_is_not_plain_is_refused_by_name(case, tmp_path, change, match):
@@ -133,6 +142,13 @@ DAMAGES = {
     "half a pair": (lambda t: {k: v for k, v in t.items() if k != min(t)}, "lacks factor a"),
     "a factor too wide": (lambda t: t | {min(t): t[min(t)][:, 1:]}, "has an adapter"),
     "full weights": (lambda t: {"transformer.proj_out.weight": np.zeros((2, 2), np.float32)}, "no factor"),
+    "a factor of one number": (lambda t: t | {min(t): np.zeros((), np.float32)}, "has an adapter"),
+    "a factor of no rank": (lambda t: t | {min(t): t[min(t)][:0]}, "has an adapter"),
+    "a number that is none": (lambda t: t | {min(t): t[min(t)] * np.nan}, "not finite"),
+    "an alpha of two numbers": (
+        lambda t: t | {min(t).replace("lora_A.weight", "alpha"): np.ones(2, np.float32)},
+        "one number",
+    ),
     "another tool's": (
         lambda t: {"lora_unet_double_blocks_0.lora_up.weight": np.zeros((2, 2), np.float32)},
         "no module",

@@ -152,7 +152,7 @@ def test_pictures_do_not_depend_on_their_company_and_carry_what_made_them(flux, 
         (["--mode=export", "--format=zip"], "--format"),
         (["--mode=export", "--weights=mean"], "--weights"),
         (["--mode=export", "--config.adapter.kind=full", "--format=lora"], "--format"),
-        (["--mode=export", "--epoch=7"], "no checkpoint of epoch 7"),
+        (["--mode=export", "--epoch=7"], "--epoch: got 7"),
         (["--config.adapter.init=no/such"], "adapter.init"),
     ],
 )
