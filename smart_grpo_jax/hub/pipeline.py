@@ -108,6 +108,11 @@ class Pipeline:
         """The policy of one call: without a negative prompt, the guidance input set where there is one."""
         return functions.embedded(velocity, scale) if self.transformer.embeds_guidance else velocity
 
+    def check_negative(self, prompt: str) -> None:
+        """UserError for a negative prompt where nothing would read it."""
+        if prompt and not self.family.doubles:
+            raise UserError(f"negative prompt: got {prompt!r}, wanted none with a {self.family.name}")
+
     def calls(self, scale: float) -> int:
         """Network calls of one guided velocity."""
         return 2 if self.family.doubles and scale > 1 else 1
@@ -132,6 +137,9 @@ class Pipeline:
         guidance: float | Array | None = None,
     ) -> Array:
         """The raw network, without a negative prompt; `guidance` where the network takes it (FLUX dev)."""
+        if guidance is not None and not self.transformer.embeds_guidance:
+            name = self.weights_table.name
+            raise UserError(f"velocity: got guidance {guidance}, which is no input of {name}")
         scale = None if guidance is None else jnp.asarray(guidance, jnp.float32)
         run = functions.compiled(self.velocity_fn())
         return run({"params": self.params["transformer"]}, x, t, cond, scale)
@@ -164,6 +172,7 @@ class Pipeline:
             size = (latents.shape[1] * self.vae.factor, latents.shape[2] * self.vae.factor)
         if len(latents) != len(prompts):
             raise UserError(f"sample: got {len(latents)} latents for {len(prompts)} prompts")
+        self.check_negative(negative or "")
         kind = "doubled" if self.calls(guidance) == 2 else "none"
         kind = "embedded" if self.transformer.embeds_guidance else kind
         policy = {"params": self.params["transformer"], "guidance": jnp.float32(guidance)}

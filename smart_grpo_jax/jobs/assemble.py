@@ -113,6 +113,7 @@ def assemble(
         tiling=config.model.tiling,
         layout=lambda component, path: everywhere,
     )
+    pipe.check_negative(config.prompts.negative)
     reward = mixture.mixture(config.rewards)
     search_reward = mixture.mixture(config.search_reward) if config.search_reward else reward
     velocity = raw_velocity(config, pipe)

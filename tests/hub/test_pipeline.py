@@ -149,6 +149,8 @@ def test_flux_takes_its_guidance_as_a_number(tmp_path):
     assert [pipe.calls(g) for g in (1.0, 5.0)] == [1, 1]
     with pytest.raises(UserError, match="guidance"):
         pipe.velocity(x, t, cond)
+    with pytest.raises(UserError, match="negative prompt"):
+        pipe.sample(PROMPTS[:2], num_steps=1, negative="ugly", size=8)
 
 
 def test_schnell_knows_no_guidance(tmp_path):
@@ -156,6 +158,8 @@ def test_schnell_knows_no_guidance(tmp_path):
     x = noise(pipe, 1, 8)
     first, second = (pipe.sample(PROMPTS[:1], latents=x, num_steps=2, guidance=g) for g in (1.0, 5.0))
     np.testing.assert_array_equal(first, second)
+    with pytest.raises(UserError, match="no input of FluxTransformer2DModel"):
+        pipe.velocity(x, jnp.ones(1), pipe.encode(PROMPTS[:1]), 3.5)
 
 
 @pytest.mark.torch
