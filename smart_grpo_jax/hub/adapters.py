@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -257,8 +256,7 @@ def to_tensors(
 
 def fold(path: Path, table: tables.Table, config: Any, base: PyTree) -> PyTree:
     """The transformer's weights with the adapters of a file or folder folded in."""
-    with jax.default_matmul_precision("highest"):  # accelerators multiply float32 in fewer bits by default
-        return merge(base, read(path, table, config), 1.0)
+    return merge(base, read(path, table, config), 1.0)
 
 
 def start(file: Path, read_tree: PyTree, fresh: PyTree, scale: float) -> PyTree:

@@ -170,8 +170,7 @@ def as_full(trained: Trained, out: Path) -> list[Check]:
 
 def as_orbax(trained: Trained, out: Path) -> list[Check]:
     """Trees for other users of JAX: the whole transformer, and the adapter where there is one."""
-    with jax.default_matmul_precision("highest"):
-        trees = {"merged": merge(trained.base, trained.lora, trained.scale)}
+    trees = {"merged": merge(trained.base, trained.lora, trained.scale)}
     trees |= {"trained": trained.lora} if trained.lora else {}
     for name, tree in trees.items():
         save_params(out / "orbax" / name, tree)

@@ -118,6 +118,7 @@ def merge(base: PyTree, lora: PyTree, scale: float) -> PyTree:
     factors = cast(dict[tuple[str, ...], Any], flatten_dict(lora))
     for path in {path[:-1] for path in factors}:
         kernel = kernels[(*path, "kernel")]
-        delta = jnp.einsum("...ir,...ro->...io", factors[(*path, "a")], factors[(*path, "b")])
+        a, b = factors[(*path, "a")], factors[(*path, "b")]
+        delta = jnp.einsum("...ir,...ro->...io", a, b, precision="highest")  # accelerators round by default
         kernels[(*path, "kernel")] = (kernel.astype(jnp.float32) + scale * delta).astype(kernel.dtype)
     return unflatten_dict(kernels)
