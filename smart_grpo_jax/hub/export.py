@@ -24,6 +24,7 @@ from flax.traverse_util import flatten_dict
 from smart_grpo_jax.core.errors import NumericsError, StorageError, UserError
 from smart_grpo_jax.core.types import PyTree
 from smart_grpo_jax.hub import adapters, folder, safetensors, tables
+from smart_grpo_jax.models.lora import folded
 
 SHARD = 5 * 10**9
 """Bytes of a weight file, at most."""
@@ -95,9 +96,7 @@ def merged(base: PyTree, lora: PyTree, scale: float, dtype: Any) -> Callable[[st
             kept.clear()  # one leaf at a time: the tensors of a leaf come one after the other
             value, stem = leaves[path], path.rsplit("/", 1)[0]
             if path.endswith("/kernel") and f"{stem}/a" in factors:
-                a, b = factors[f"{stem}/a"], factors[f"{stem}/b"]
-                delta = jnp.einsum("...ir,...ro->...io", a, b, precision="highest")
-                value = value.astype(jnp.float32) + scale * delta
+                value = folded(value, factors[f"{stem}/a"], factors[f"{stem}/b"], scale)
             kept[path] = jnp.asarray(value, dtype)
         return kept[path]
 

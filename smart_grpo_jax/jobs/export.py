@@ -20,7 +20,7 @@ from smart_grpo_jax.core.config import Config
 from smart_grpo_jax.core.errors import StorageError, UserError
 from smart_grpo_jax.core.types import PyTree
 from smart_grpo_jax.data import prompts as prompt_data
-from smart_grpo_jax.hub import adapters, export, folder, safetensors, tables
+from smart_grpo_jax.hub import adapters, export, folder, functions, safetensors, tables
 from smart_grpo_jax.hub.export import Check
 from smart_grpo_jax.hub.locate import pipeline_folder
 from smart_grpo_jax.hub.tokenizers import read_json
@@ -197,7 +197,7 @@ def velocity(trained: Trained, network: Any, params: PyTree) -> jax.Array:
     t = jnp.array([0.9, 0.4], jnp.float32)
     scale = jnp.float32(run.config.sampler.guidance) if run.pipeline.transformer.embeds_guidance else None
     with jax.default_matmul_precision("highest"):  # TOLERANCE is float32's, whatever the device prefers
-        return jax.jit(network)(params, x, t, run.embeddings.rows(texts), scale)
+        return functions.compiled(network)(params, x, t, run.embeddings.rows(texts), scale)
 
 
 def verdict(trained: Trained, name: str, network: Any, params: PyTree, count: int) -> Check:

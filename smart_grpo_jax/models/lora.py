@@ -112,13 +112,20 @@ def init_lora(key: Array, module: nn.Module, lora: LoRA, *inputs: Any) -> PyTree
     return unflatten_dict({path: fresh(path, leaf.shape) for path, leaf in found.items()})
 
 
+def folded(
+    kernel: Float[Array, "*l n f"], a: Float[Array, "*l n r"], b: Float[Array, "*l r f"], scale: float
+) -> Float[Array, "*l n f"]:
+    """kernel + scale·a b in float32, whatever an accelerator multiplies in by default."""
+    delta = jnp.einsum("...ir,...ro->...io", a, b, precision="highest")
+    return kernel.astype(jnp.float32) + scale * delta
+
+
 def merge(base: PyTree, lora: PyTree, scale: float) -> PyTree:
     """The base with the adapters folded in: kernel + scale·a b, summed in float32, in the base's dtype."""
     kernels = cast(dict[tuple[str, ...], Any], flatten_dict(base))
     factors = cast(dict[tuple[str, ...], Any], flatten_dict(lora))
     for path in {path[:-1] for path in factors}:
         kernel = kernels[(*path, "kernel")]
-        a, b = factors[(*path, "a")], factors[(*path, "b")]
-        delta = jnp.einsum("...ir,...ro->...io", a, b, precision="highest")  # accelerators round by default
-        kernels[(*path, "kernel")] = (kernel.astype(jnp.float32) + scale * delta).astype(kernel.dtype)
+        whole = folded(kernel, factors[(*path, "a")], factors[(*path, "b")], scale)
+        kernels[(*path, "kernel")] = whole.astype(kernel.dtype)
     return unflatten_dict(kernels)
