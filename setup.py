@@ -16,7 +16,7 @@ setup(
     package_data={"smart_grpo_jax.worlds.shapes": ["pipeline/**/*", "pipeline/*"]},
     install_requires=[
         "absl-py>=2.1",
-        "array-record>=0.8",
+        "array-record>=0.8; platform_system == 'Linux'",
         "clu>=0.0.12",
         "flax>=0.12",
         "huggingface-hub>=1.0",

@@ -141,8 +141,11 @@ class Embeddings:
 
 
 def array_record() -> Any:
-    """The library, imported where it is used; an extension module without annotations."""
-    return importlib.import_module("array_record.python.array_record_module")
+    """The library, imported where it is used; an extension module without annotations, built for Linux."""
+    try:
+        return importlib.import_module("array_record.python.array_record_module")
+    except ImportError as error:
+        raise UserError("prompts.cache: array_record is not installed here, wanted off") from error
 
 
 def write_part(folder: Path, rows: dict[str, Row]) -> Path:

@@ -207,3 +207,13 @@ def test_processes_begin_apart_and_skip_what_the_others_did(tmp_path, monkeypatc
     assert store.ensure(PROMPTS) == 4  # 3 to 6, of which the other had one
     assert encoder.asked[0] == PROMPTS[3:5]
     assert_rows(store, PROMPTS, Encoder())
+
+
+def test_without_the_library_one_line_says_what_to_set(tmp_path, monkeypatch):
+    def absent(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(embeddings.importlib, "import_module", absent)
+    with pytest.raises(UserError, match=r"prompts\.cache: .* wanted off"):
+        Embeddings(Encoder(), "f", tmp_path).ensure(PROMPTS)
+    assert Embeddings(Encoder(), "f", None).ensure(PROMPTS) == len(PROMPTS)
