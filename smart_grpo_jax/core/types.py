@@ -6,13 +6,39 @@ Latents and images are NHWC; images are float32 in [0, 1]; times are sigma (1 = 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
 PyTree: TypeAlias = Any
+
+NO_METADATA: Mapping[str, Any] = MappingProxyType({})
+
+
+class Prompt(str):
+    """A prompt that carries what its file says of it: the text itself, wherever a text is wanted.
+
+    `metadata` reaches the rewards; `negative` is this prompt's own negative prompt (None: the run's).
+    """
+
+    metadata: Mapping[str, Any]
+    negative: str | None
+
+    def __new__(
+        cls, text: str, metadata: Mapping[str, Any] = NO_METADATA, negative: str | None = None
+    ) -> Prompt:
+        """The text with its metadata."""
+        prompt = super().__new__(cls, text)
+        prompt.metadata, prompt.negative = metadata, negative
+        return prompt
+
+
+def metadata_of(prompt: str) -> Mapping[str, Any]:
+    """What is known of a prompt beside its text; nothing for a plain text."""
+    return prompt.metadata if isinstance(prompt, Prompt) else NO_METADATA
 
 
 @jax.tree_util.register_dataclass
