@@ -94,6 +94,11 @@ class Search:
     space: str = option("transition", "where candidates are judged", choices=("transition", "latent"))
     returns: str = option("mean", "noise that is executed", choices=("mean", "sample", "best"))
     select: str = option("greedy", "elite rule", choices=("greedy", "random"))
+    combine: str = option(
+        "sum",
+        "how several rewards order the candidates of a state: weighted sum of values, z-scores or ranks",
+        choices=("sum", "zscore", "rank"),
+    )
     noise_norm: str = option(
         "none", "rms rescales the returned noise to unit length", choices=("none", "rms")
     )

@@ -196,6 +196,7 @@ def functions(
         decode=pipe.decode_fn(),
         score=reward.score,
         search_score=search_reward.score,
+        prefer=mixture.prefer(config.search_reward or config.rewards, config.search.combine),
         constrain=constrain,
     )
     reference = lambda frozen: {**frozen, "lora": {}}

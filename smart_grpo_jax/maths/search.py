@@ -152,11 +152,16 @@ def refit(
 
 
 def search(
-    key: Array, score_fn: Callable[[Array], Array], shape: tuple[int, ...], settings: Settings
+    key: Array,
+    score_fn: Callable[[Array], Array | tuple[Array, Array]],
+    shape: tuple[int, ...],
+    settings: Settings,
 ) -> SearchResult:
     """Search the noise of one step of one sample; vmap it over samples.
 
-    `score_fn` takes m[K, *shape] to rewards [K]. Random selection ignores the rewards, in what it keeps
+    `score_fn` takes m[K, *shape] to rewards [K], or to (rewards, preference): candidates are then ordered
+    within a round by the preference, which need not compare between rounds, while the rewards are what is
+    logged and what tells the best of two rounds. Random selection ignores the rewards, in what it keeps
     as in what it returns. With sigma_floor = 1 it is plain noise: every candidate, and the returned
     noise whatever `returns` is, are exactly N(0, I). To that end its mean is returned as
     mu + sigma_floor * sigma * n, which is mu in the paper's setting and a fresh draw at floor 1.
@@ -169,12 +174,16 @@ def search(
         mu, sigma, best = carry
         noise_key, select_key = jax.random.split(jax.random.fold_in(key, index))
         m = propose(mu, sigma, jax.random.normal(noise_key, (settings.candidates, *shape)))
-        rewards = score_fn(m).astype(jnp.float32)
+        scored = score_fn(m)
+        rewards, wish = scored if isinstance(scored, tuple) else (scored, scored)
+        rewards, wish = rewards.astype(jnp.float32), wish.astype(jnp.float32)
         lot = jax.random.uniform(select_key, rewards.shape, jnp.float32)
-        preference = jnp.where(settings.greedy, rewards, lot)
+        preference = jnp.where(settings.greedy, wish, lot)
         preference = jnp.where(jnp.isfinite(preference), preference, -jnp.inf)
         mu, sigma, order = refit(m, preference, mu, sigma, settings)
-        best = _better(best, (preference[order[0]], rewards[order[0]], m[order[0]]))
+        first = order[0]
+        level = jnp.where(settings.greedy & jnp.isfinite(preference[first]), rewards[first], preference[first])
+        best = _better(best, (level, rewards[first], m[first]))
         fitted = jnp.isfinite(preference).sum() >= settings.elite
         return (mu, sigma, best), (rewards, order, fitted, m if settings.keep_candidates else None)
 

@@ -22,14 +22,15 @@ from smart_grpo_jax.maths import rng, search, transition
 
 @dataclasses.dataclass(frozen=True)
 class Functions:
-    """What the programs call: `velocity` is guided, `search_velocity` judges candidates, `constrain` lays a
-    batch-major tree over the mesh."""
+    """What the programs call: `velocity` is guided, `search_velocity` judges candidates, `prefer` orders
+    those of one state, `constrain` lays a batch-major tree over the mesh."""
 
     velocity: VelocityFn
     search_velocity: VelocityFn
     decode: DecodeFn
     score: ScoreFn
     search_score: ScoreFn
+    prefer: Callable[[Scores], Float[Array, " k"]] = lambda scores: scores.value
     constrain: Callable[[PyTree], PyTree] = lambda tree: tree
 
 
@@ -210,7 +211,11 @@ def _no_work(fns: Functions) -> Functions:
     """Stand-ins of the same shapes: what a search returns is known without tracing the networks again."""
     score = lambda params, images, ctx, t: Scores(jnp.zeros(len(images)), jnp.ones(len(images), bool), {})
     return dataclasses.replace(
-        fns, search_velocity=lambda params, x, t, cond: x, decode=lambda params, z: z, search_score=score
+        fns,
+        search_velocity=lambda params, x, t, cond: x,
+        decode=lambda params, z: z,
+        search_score=score,
+        prefer=lambda scores: scores.value,
     )
 
 
@@ -230,13 +235,18 @@ def _search_one(
     cond = batch.cond.rows(row)
     ctx = jax.tree.map(lambda a: a[row], batch.search_ctx)
 
-    def score(m: Array) -> Array:
+    def score(m: Array) -> tuple[Array, Array]:
         many = lambda tree: jax.tree.map(lambda a: jnp.broadcast_to(a, (m.shape[0], *a.shape)), tree)
         z = origin + std * m
         v = fns.search_velocity(params["policy"], z, jnp.full(m.shape[0], level), many(cond))
         images = fns.decode(params["decoder"], transition.one_step(z, v, level))
-        scores = fns.search_score(params["search_reward"], images, many(ctx), level)
-        return jnp.where(scores.ok, scores.value, jnp.nan)
+        scores = _chunked(
+            lambda a: fns.search_score(params["search_reward"], a[0], a[1], level),
+            shape.reward_chunk,
+            (images, many(ctx)),
+        )
+        ok = lambda value: jnp.where(scores.ok, value, jnp.nan)
+        return ok(scores.value), ok(fns.prefer(scores))
 
     result = search.search(rng.at(key, j, 1), score, shape.latent, knobs.search)
     rms = jnp.sqrt(jnp.mean(result.noise**2))

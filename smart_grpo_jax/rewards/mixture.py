@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from smart_grpo_jax.core.errors import UserError
 from smart_grpo_jax.core.schema import weight_of
@@ -60,3 +60,57 @@ def mixture(spec: Mapping[str, Any]) -> base.Reward:
         uses_prompt=any(reward.uses_prompt for reward in rewards.values()),
         host=any(reward.host for reward in rewards.values()),
     )
+
+
+def summed(scores: Scores, weights: Mapping[str, float]) -> Float[Array, " k"]:
+    """The mixture's own value: the reward of the widest spread decides most."""
+    return scores.value
+
+
+def zscored(scores: Scores, weights: Mapping[str, float]) -> Float[Array, " k"]:
+    """Σ weight · (value - mean) / std over the candidates; a reward that cannot tell them apart is silent."""
+
+    def standard(value: Array, ok: Array) -> Array:
+        count = jnp.maximum(ok.sum(), 1)
+        away = jnp.where(ok, value - jnp.where(ok, value, 0).sum() / count, 0.0)
+        std = jnp.sqrt((away**2).sum() / count)
+        return away / jnp.where(std > 0, std, 1.0)
+
+    return _each(standard, scores, weights)
+
+
+def ranked(scores: Scores, weights: Mapping[str, float]) -> Float[Array, " k"]:
+    """Σ weight · rank among the candidates, ties sharing the middle of their ranks."""
+
+    def rank(value: Array, ok: Array) -> Array:
+        below = (value[:, None] > value[None]) & ok[None]
+        equal = (value[:, None] == value[None]) & ok[None]
+        return below.sum(1) + (equal.sum(1) - 1) / 2
+
+    return _each(rank, scores, weights)
+
+
+def _each(
+    scale: Callable[[Array, Array], Array], scores: Scores, weights: Mapping[str, float]
+) -> Float[Array, " k"]:
+    """The weighted sum of the parts, each brought to the scale of its k candidates."""
+    ok: Bool[Array, " k"] = scores.ok
+    total = jnp.zeros(ok.shape, jnp.float32)
+    for name, weight in weights.items():
+        if weight:
+            total = total + weight * scale(jnp.where(ok, scores.parts[name], 0.0), ok)
+    return total
+
+
+COMBINES: dict[str, Callable[[Scores, Mapping[str, float]], Array]] = {
+    "sum": summed,
+    "zscore": zscored,
+    "rank": ranked,
+}
+"""`search.combine`: what the cross-entropy search orders its candidates by. It uses the order alone."""
+
+
+def prefer(spec: Mapping[str, Any], kind: str) -> Callable[[Scores], Float[Array, " k"]]:
+    """The order of the candidates of one state under a mixture."""
+    weights = {name: weight_of(entry) for name, entry in spec.items()}
+    return lambda scores: COMBINES[kind](scores, weights)
