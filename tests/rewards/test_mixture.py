@@ -8,7 +8,7 @@ from smart_grpo_jax.core.types import Scores
 from smart_grpo_jax.rewards import mixture
 
 WIDE = jnp.array([10.0, 30.0, 20.0, 0.0])
-NARROW = jnp.array([0.9, 0.1, 0.8, 0.3])
+NARROW = jnp.array([0.8, 0.1, 0.9, 0.3])
 
 
 def scores(ok=(True, True, True, True)) -> Scores:
