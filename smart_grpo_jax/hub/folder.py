@@ -44,6 +44,11 @@ def compute_type(name: str) -> Any:
     return DTYPES[name]
 
 
+def matmul_precision(dtype: Any) -> Any:
+    """A context in which float32 networks multiply in float32 on a TPU as well."""
+    return jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default")
+
+
 def index(folder: Path) -> tuple[Family, dict[str, Any]]:
     """The family and the model_index.json of a pipeline that can be loaded."""
     data = read_json(folder, "model_index.json")
