@@ -18,7 +18,7 @@ import numpy as np
 from smart_grpo_jax.core.errors import UserError
 from smart_grpo_jax.hub import folder, safetensors, torch_archive, torch_pickle
 from smart_grpo_jax.hub.streaming import Reader, long_axis
-from smart_grpo_jax.hub.torch_pickle import Refused, Tensor
+from smart_grpo_jax.hub.torch_names import Refused, Tensor, brief
 
 STATE = "state_dict"
 """Where training scripts keep the weights among other things."""
@@ -198,7 +198,7 @@ def survey(path: Path, inside: str | None) -> tuple[dict[str, Tensor], dict[str,
 def state(value: Any, inside: str | None) -> dict[str, Tensor]:
     """The tensors of a state dict, or of the entry that holds one; other entries (epoch, …) are left."""
     if type(value) is not dict:
-        raise Refused(f"it holds {torch_pickle.brief(value)}, not a dictionary")
+        raise Refused(f"it holds {brief(value)}, not a dictionary")
     inside = STATE if inside is None and type(value.get(STATE)) is dict else inside
     if inside is not None:
         if type(value.get(inside)) is not dict:
@@ -212,7 +212,7 @@ def state(value: Any, inside: str | None) -> dict[str, Tensor]:
 
 def names(value: dict[Any, Any]) -> str:
     """A few keys for a message."""
-    keys = [torch_pickle.brief(key) for key in list(value)[:6]]
+    keys = [brief(key) for key in list(value)[:6]]
     return ", ".join(keys) or "nothing"
 
 

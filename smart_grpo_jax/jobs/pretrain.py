@@ -63,7 +63,7 @@ class Trained(NamedTuple):
 
 
 def fit(
-    loss_fn: Callable[[PyTree, Array], Array],
+    loss_fn: Callable[..., Array],
     params: PyTree,
     key: Array,
     steps: int,
@@ -71,15 +71,16 @@ def fit(
     name: str,
     scan: int = SCAN,
     watch: Callable[[int, PyTree], None] = lambda step, params: None,
+    data: tuple[PyTree, ...] = (),
 ) -> Trained:
-    """AdamW with warm-up and cosine decay; returns the moving average of the weights, and shows it to
-    `watch` ten times on the way."""
+    """AdamW with warm-up and cosine decay on loss_fn(params, key, *data); returns the moving average of the
+    weights, and shows it to `watch` ten times on the way."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, min(200, steps // 10 + 1), steps, rate / 20)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=1e-3))
 
-    def step(carry: tuple[PyTree, PyTree, PyTree, Array], key: Array) -> tuple[Any, Array]:
+    def step(carry: tuple[PyTree, PyTree, PyTree, Array], key: Array, data: Any) -> tuple[Any, Array]:
         params, state, mean, count = carry
-        loss, grads = jax.value_and_grad(loss_fn)(params, key)
+        loss, grads = jax.value_and_grad(loss_fn)(params, key, *data)
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         decay = jnp.minimum(0.998, (1 + count) / (10 + count))
@@ -87,18 +88,18 @@ def fit(
         return (params, state, mean, count + 1), loss
 
     @partial(jax.jit, donate_argnums=0)
-    def run(carry: tuple[PyTree, PyTree, PyTree, Array], first: Array) -> tuple[Any, Array]:
+    def run(carry: tuple[PyTree, PyTree, PyTree, Array], first: Array, data: Any) -> tuple[Any, Array]:
         if scan == 1:
-            return step(carry, jax.random.fold_in(key, first))
+            return step(carry, jax.random.fold_in(key, first), data)
         keys = jax.vmap(lambda i: jax.random.fold_in(key, first + i))(jnp.arange(scan))
-        carry, losses = jax.lax.scan(step, carry, keys)
+        carry, losses = jax.lax.scan(lambda c, k: step(c, k, data), carry, keys)
         return carry, losses.mean()
 
     copy = jax.tree.map(jnp.copy, params)
     carry, start, loss = (params, tx.init(params), copy, jnp.zeros(())), time.time(), 0.0
     calls = -(-steps // scan)
     for call in range(calls):
-        carry, loss = run(carry, jnp.asarray(call * scan))
+        carry, loss = run(carry, jnp.asarray(call * scan), data)
         if call % max(1, calls // 40) == 0 or call == calls - 1:
             spent = time.time() - start
             left = spent / (call + 1) * (calls - call - 1)
