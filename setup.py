@@ -13,7 +13,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["smart_grpo_jax", "smart_grpo_jax.*"]),
-    package_data={"smart_grpo_jax.worlds.shapes": ["pipeline/**/*", "pipeline/*"]},
+    package_data={
+        "smart_grpo_jax.rewards": ["fixtures/**/*", "fixtures/*"],
+        "smart_grpo_jax.worlds.shapes": ["pipeline/**/*", "pipeline/*", "rewards/**/*"],
+    },
     install_requires=[
         "absl-py>=2.1",
         "array-record>=0.8; platform_system == 'Linux'",

@@ -17,14 +17,19 @@ if TYPE_CHECKING:
     from smart_grpo_jax.core.types import Conditioning
     from smart_grpo_jax.hub.pipeline import load_pipeline
     from smart_grpo_jax.rewards.base import load_reward
+    from smart_grpo_jax.rewards.server import RewardServer
+    from smart_grpo_jax.rewards.user import host_reward, reward
 
 HOMES = {
     "load_pipeline": "smart_grpo_jax.hub.pipeline",
     "load_reward": "smart_grpo_jax.rewards.base",
     "Conditioning": "smart_grpo_jax.core.types",
+    "RewardServer": "smart_grpo_jax.rewards.server",
+    "host_reward": "smart_grpo_jax.rewards.user",
+    "reward": "smart_grpo_jax.rewards.user",
 }
 
-__all__ = ["Conditioning", "load_pipeline", "load_reward"]
+__all__ = ["Conditioning", "RewardServer", "host_reward", "load_pipeline", "load_reward", "reward"]
 
 
 def __getattr__(name: str) -> Any:

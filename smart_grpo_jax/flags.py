@@ -32,20 +32,28 @@ class Flags:
     batch: int = 8
     epoch: int | None = None
     out: str | None = None
+    examples: str = ""
+    switches: tuple[str, ...] = ()
     help: bool = False
     overrides: tuple[tuple[str, str], ...] = ()
 
 
+SWITCHES = ("check", "bench", "audit")
+"""Flags without a value: what --mode=rewards is asked."""
 WHOLE = ("seed", "seeds", "steps", "batch", "epoch")
 NUMBERS = ("guidance",)
 CHOICES = {"weights": ("ema", "raw"), "format": ("lora", "full", "orbax", "all")}
-NAMES = ("config", "workdir", "mode", "prompts", "size", "lora", "weights", "format", "out", *WHOLE, *NUMBERS)
+NAMES = (
+    "config", "workdir", "mode", "prompts", "size", "lora", "weights", "format", "out", "examples",
+    *WHOLE, *NUMBERS,
+)  # fmt: skip
 
 
 def parse(argv: Sequence[str], modes: Iterable[str]) -> Flags:
     """Flags from `--name=value` or `--name value`; unknown ones name the nearest known."""
     values: dict[str, str] = {}
     overrides: list[tuple[str, str]] = []
+    switches: list[str] = []
     rest = list(argv)
     while rest:
         word = rest.pop(0)
@@ -54,25 +62,38 @@ def parse(argv: Sequence[str], modes: Iterable[str]) -> Flags:
         if not word.startswith("--"):
             raise UserError(f'command line: got "{word}", wanted --flag=value (see --help)')
         name, given, value = word[2:].partition("=")
-        if not given:
+        if not given and name not in SWITCHES:
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"--{name}: has no value, wanted --{name}=VALUE")
             value = rest.pop(0)
-        if name.startswith("config."):
+        if name in SWITCHES:
+            switches.append(_switch(name, value))
+        elif name.startswith("config."):
             overrides.append((name.removeprefix("config."), value))
         elif name in NAMES:
             values[name] = value
         else:
-            raise UserError(f"--{name}: no such flag ({nearest(name, NAMES)})")
-    mode = values.get("mode", "train")
-    if mode not in modes:
-        raise UserError(f'--mode: got "{mode}" ({nearest(mode, modes)})')
+            raise UserError(f"--{name}: no such flag ({nearest(name, (*NAMES, *SWITCHES))})")
+    _check_mode(values.get("mode", "train"), modes, switches)
     for name, known in CHOICES.items():
         if name in values and values[name] not in known:
             raise UserError(f'--{name}: got "{values[name]}" ({nearest(values[name], known)})')
     numbers: dict[str, float] = {name: _whole(name, values.pop(name)) for name in WHOLE if name in values}
     numbers |= {name: _number(name, values.pop(name)) for name in NUMBERS if name in values}
-    return Flags(**values, **numbers, overrides=tuple(overrides))  # type: ignore[arg-type]
+    return Flags(**values, **numbers, switches=tuple(switches), overrides=tuple(overrides))  # type: ignore[arg-type]
+
+
+def _check_mode(mode: str, modes: Iterable[str], switches: Sequence[str]) -> None:
+    if mode not in modes:
+        raise UserError(f'--mode: got "{mode}" ({nearest(mode, modes)})')
+    if switches and mode != "rewards":
+        raise UserError(f"--{switches[0]}: got --mode={mode}, wanted --mode=rewards")
+
+
+def _switch(name: str, value: str) -> str:
+    if value:
+        raise UserError(f'--{name}: got "{value}", wanted no value')
+    return name
 
 
 def _whole(name: str, text: str) -> int:

@@ -30,6 +30,10 @@ modes:
   export    a checkpoint for diffusers, peft and JAX  [--format=lora|full|orbax|all] [--weights=ema|raw]
             [--epoch=N] [--out=DIR]
   pretrain  make the embedded world's pipeline from nothing                      [--out=DIR]
+  rewards   ask the config's rewards:
+            --check  do they give the originals' scores, and are they fit to train on  [--examples=FILE]
+            --bench  images/s, model FLOPs utilisation, compile time and memory of each
+            --audit  at which steps the search pays: table, audit.json, audit.svg in --workdir
   report    write report.html again from what the run folder holds
   doctor    what this machine has, and a self-test of a second
 Every field of the config is in docs/config.md."""
@@ -160,9 +164,17 @@ def _export(config: Config, flags: Flags, argv: Sequence[str]) -> None:
 
 def _pretrain(config: Config, flags: Flags, argv: Sequence[str]) -> None:
     _start()
-    from smart_grpo_jax.jobs import pretrain
+    from smart_grpo_jax.jobs import pretrain, pretrain_rewards
 
-    pretrain.job(config, flags.out or workdir(flags))
+    parts = {"pipeline": pretrain.job, "rewards": pretrain_rewards.job}
+    parts[config.pretrain.part](config, flags.out or workdir(flags))
+
+
+def _rewards(config: Config, flags: Flags, argv: Sequence[str]) -> None:
+    _start()
+    from smart_grpo_jax.jobs import rewards
+
+    rewards.job(config, workdir(flags), flags.switches, flags.examples)
 
 
 def _report(config: Config, flags: Flags, argv: Sequence[str]) -> None:
@@ -184,10 +196,11 @@ MODES: dict[str, Callable[[Config, Flags, Sequence[str]], Any]] = {
     "sample": _sample,
     "export": _export,
     "pretrain": _pretrain,
+    "rewards": _rewards,
     "report": _report,
     "doctor": _doctor,
 }
-CHECKED = ("train", "eval", "sample", "export")
+CHECKED = ("train", "eval", "sample", "export", "rewards")
 NEED_NO_CONFIG = ("doctor", "pretrain", "report", "sample")
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ in the containers of the published files. Images go through Pillow.
 """
 
 import copy
+import itertools
 import json
+import types
 
 import numpy as np
 from PIL import Image
@@ -34,26 +36,58 @@ CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711])
 
 
+SIZES = ((64, 64), (64, 71), (640, 480), (97, 224), (24, 24))
+"""Square; one where the crop rules differ (3 mod 4 pixels to spare); the largest; wide; one that grows."""
+
+
 def pictures(height, width, count=4, seed=0):
     """Noise, hard edges, a smooth ramp, and values out of range, [count,h,w,3]."""
     rng = np.random.default_rng([seed, height, width])
     y, x = np.mgrid[:height, :width] / max(height, width)
     noise = rng.uniform(0, 1, (height, width, 3))
-    edges = np.stack([(np.sin(11 * x + k) * np.cos(7 * y) > 0) for k in range(3)], -1).astype(float)
-    smooth = np.stack([x, y, 1 - x * y], -1)
+    edges = np.stack([(np.sin((11 + seed) * x + k) * np.cos(7 * y) > 0) for k in range(3)], -1).astype(float)
+    smooth = np.stack([x, y ** (1 + seed / 4), 1 - x * y], -1)
     wild = noise * 1.6 - 0.3
     return np.stack([noise, edges, smooth, wild][:count]).astype(np.float32)
+
+
+def batch(height, width):
+    """One image per prompt of PROMPTS."""
+    images = pictures(height, width)
+    return np.concatenate([images, images])[: len(PROMPTS)]
+
+
+def eight_bit(images):
+    """round(255 x), half to even, clamped."""
+    return np.clip(np.round(images * 255), 0, 255).astype(np.uint8)
+
+
+def in_floats(images, size, double=False):
+    """What HPSv2 sees: 8-bit images resized in floats by torch, the overshoot kept, [b,3,size,size]."""
+    import torch
+
+    kind = torch.float64 if double else torch.float32
+    pixels = torch.from_numpy(eight_bit(images)).permute(0, 3, 1, 2).to(kind) / 255
+    height, width = pixels.shape[2:]
+    short = min(height, width)
+    new = (size * height // short, size * width // short)
+    if new != (height, width):
+        pixels = torch.nn.functional.interpolate(pixels, new, mode="bicubic", antialias=True)
+    top, left = (round((n - size) / 2) for n in new)
+    pixels = pixels[:, :, top : top + size, left : left + size].numpy()
+    return (pixels - CLIP_MEAN[:, None, None]) / CLIP_STD[:, None, None]
 
 
 def pillow(images, size, rule):
     """8-bit, shorter side to `size` by Pillow's bicubic, centre crop, normalised, [b,3,size,size]."""
     out = []
-    for image in np.clip(np.round(images * 255), 0, 255).astype(np.uint8):
+    for image in eight_bit(images):
         picture = Image.fromarray(image)
         w, h = picture.size
         short = min(w, h)
         new = (size * w // short, size * h // short)
-        picture = picture.resize(new, Image.Resampling.BICUBIC) if new != (w, h) else picture
+        for step in ((new[0], h), new):  # width first: Pillow 13 alone turns that round for tall images
+            picture = picture.resize(step, Image.Resampling.BICUBIC) if step != picture.size else picture
         spare = [n - size for n in picture.size]
         left, top = (round(s / 2) if rule == "tv" else s // 2 for s in spare)
         picture = picture.crop((left, top, left + size, top + size))
@@ -79,11 +113,11 @@ def write_bert_vocabulary(folder):
     (folder / "vocab.txt").write_text("\n".join(VOCAB) + "\n", encoding="utf-8")
 
 
-def mlp(torch, width, seed):
+def mlp(torch, width, seed, inner=(1024, 128, 64, 16)):
     """The published head: five linear layers, the dropouts between them."""
-    sizes = [width, 1024, 128, 64, 16, 1]
+    sizes = [width, *inner, 1]
     layers = []
-    for index, (before, after) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for index, (before, after) in enumerate(itertools.pairwise(sizes)):
         layers.append(torch.nn.Linear(before, after))
         if index < 3:
             layers.append(torch.nn.Dropout(0.1))
@@ -108,7 +142,7 @@ BLIP_RENAMES = (
 class ImageRewardOracle:
     """transformers' BLIP towers and the head; `score` as upstream's code does it, one image, one prompt."""
 
-    def __init__(self, seed=0, image_size=32, patch=8, vision=(24, 3, 2), text=(32, 4, 2), vision_heads=3):
+    def __init__(self, seed=0, image_size=32, patch=8, vision=(24, 3, 2), text=(32, 4, 2), **head):
         import torch
         from transformers import BlipTextConfig, BlipVisionConfig
         from transformers.models.blip.modeling_blip import BlipVisionModel
@@ -130,13 +164,14 @@ class ImageRewardOracle:
             BlipTextModel(
                 BlipTextConfig(
                     vocab_size=len(VOCAB) + 2, hidden_size=hidden, encoder_hidden_size=width,
-                    intermediate_size=4 * hidden, num_hidden_layers=layers, is_decoder=True,  # has cross-attention
+                    intermediate_size=4 * hidden, num_hidden_layers=layers,
+                    is_decoder=True,  # which gives it cross-attention
                     num_attention_heads=self.text_heads, max_position_embeddings=64, layer_norm_eps=1e-12,
                     hidden_act="gelu",
                 ), add_pooling_layer=False,
             ), torch, seed + 1,
         )  # fmt: skip
-        self.head = mlp(torch, hidden, seed + 2)
+        self.head = mlp(torch, hidden, seed + 2, **head)
 
     def state(self):
         """The tensors of ImageReward.pt, with the unused ones that the published file holds."""
@@ -213,6 +248,15 @@ def clip_ids(folder, prompts):
     return np.array(tokenizer(list(prompts), padding="max_length", truncation=True, max_length=77).input_ids)
 
 
+PARTS = ("text", "vision")
+
+
+def differences(config):
+    """What a config file says that leaves every default out."""
+    defaults = type(config)().to_dict()
+    return {key: value for key, value in config.to_dict().items() if value != defaults.get(key)}
+
+
 class ClipOracle:
     """transformers' CLIPModel, tiny and random."""
 
@@ -254,9 +298,9 @@ class ClipOracle:
         folder.mkdir(parents=True, exist_ok=True)
         self.net.save_pretrained(folder)
         if slim:
-            text, vision = self.config.text_config.to_diff_dict(), self.config.vision_config.to_diff_dict()
-            data = {"model_type": "clip", "architectures": ["CLIPModel"], "text_config": text,
-                    "vision_config": vision, "projection_dim": self.config.projection_dim}  # fmt: skip
+            parts = {f"{name}_config": differences(getattr(self.config, f"{name}_config")) for name in PARTS}
+            width = {"projection_dim": self.config.projection_dim}
+            data = {"model_type": "clip", "architectures": ["CLIPModel"], **parts, **width}
             (folder / "config.json").write_text(json.dumps(data))
         return folder
 
@@ -273,6 +317,15 @@ class ClipOracle:
         cosine = (image / image.norm(dim=-1, keepdim=True) * text / text.norm(dim=-1, keepdim=True)).sum(-1)
         return image.numpy(), text.numpy(), cosine.numpy()
 
+    def aesthetic(self, head, images, double=False):
+        """The head's score of the unit image vectors."""
+        torch = self.torch
+        kind = torch.float64 if double else torch.float32
+        vector = torch.from_numpy(self.parts(images, np.zeros((1, 4), int), double=double)[0]).to(kind)
+        with torch.no_grad():
+            unit = vector / vector.norm(dim=-1, keepdim=True)
+            return copy.deepcopy(head).to(kind).layers(unit)[:, 0].numpy()
+
     def open_state(self):
         """The same network under open_clip's names: fused projections, transposed heads."""
         torch, theirs = self.torch, self.net.state_dict()
@@ -286,8 +339,11 @@ class ClipOracle:
             "token_embedding.weight": theirs["text_model.embeddings.token_embedding.weight"],
             "logit_scale": theirs["logit_scale"],
         }
-        norms = {"visual.ln_pre": "vision_model.pre_layrnorm", "visual.ln_post": "vision_model.post_layernorm",
-                 "ln_final": "text_model.final_layer_norm"}  # fmt: skip
+        norms = {
+            "visual.ln_pre": "vision_model.pre_layrnorm",
+            "visual.ln_post": "vision_model.post_layernorm",
+            "ln_final": "text_model.final_layer_norm",
+        }
         layers = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj",
                   "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}  # fmt: skip
         for leaf in ("weight", "bias"):
@@ -304,6 +360,81 @@ class ClipOracle:
         return {key: value.clone() for key, value in out.items()}
 
 
+def clips(root, torch, inner=(1024, 128, 64, 16), **sizes):
+    """Two oracles with their files below `root`, and a head: `quick` is like OpenAI's CLIP and has the
+    aesthetic head beside it, `exact` is like CLIP-H, `hps` the same in open_clip's layout.
+
+    Heads are 8 numbers wide, no published width.
+    """
+    words = write_clip_vocabulary(root / "quick")
+    for name in ("exact", "hps"):
+        write_clip_vocabulary(root / name)
+    quick = ClipOracle(vocab=words, **sizes)
+    exact = ClipOracle(seed=5, act="gelu", vocab=words, **sizes)
+    ids = clip_ids(root / "quick", [HESSEL + prompt for prompt in PROMPTS])
+    with torch.no_grad():  # towards the prompts: below zero, Hessel's variant sees nothing
+        quick.net.visual_projection.weight *= np.sign(quick.parts(batch(64, 64), ids)[2].sum())
+    quick.write(root / "quick")
+    exact.write(root / "exact")
+    head = mlp(torch, quick.config.projection_dim, 7, inner)
+    torch.save(head.state_dict(), root / "quick" / "sac+logos+ava1-l14-linearMSE.pth")
+    torch.save({"state_dict": exact.open_state(), "epoch": 9}, root / "hps" / "HPS_v2.1_compressed.pt")
+    torch.save({"state_dict": exact.open_state()}, root / "hps" / "HPS_v2_compressed.pt")
+    return types.SimpleNamespace(root=root, quick=quick, exact=exact, head=head, torch=torch)
+
+
+HESSEL = "A photo depicts "
+
+
+def cosines(made, oracle, images, prompts, rule="hf", pixels=(None, None)):
+    """PyTorch's cosines in float32 and float64."""
+    ids = clip_ids(made.root / "quick", prompts)
+    return [
+        oracle.parts(images, ids, rule, double, pixels=given)[2]
+        for double, given in zip((False, True), pixels, strict=True)
+    ]
+
+
+def hessel(made, images, prompts):
+    """Hessel's code runs OpenAI's own preprocessing, which crops as torchvision does."""
+    values = cosines(made, made.quick, images, [HESSEL + p for p in prompts], "tv")
+    return [2.5 * np.maximum(value, 0) for value in values]
+
+
+def hps(made, images, prompts):
+    """On images that were resized in floats."""
+    pixels = [in_floats(images, made.exact.size, double) for double in (False, True)]
+    return cosines(made, made.exact, images, prompts, pixels=pixels)
+
+
+def aesthetic(made, images, prompts):
+    """The head on the image vectors, whatever the prompts are."""
+    return [made.quick.aesthetic(made.head, images, double) for double in (False, True)]
+
+
+ORIGINALS = {
+    "clip_score": ("clip_score", "quick", {}, lambda m, x, p: cosines(m, m.quick, x, p)),
+    "clip_score as Hessel": ("clip_score", "quick", {"variant": "hessel"}, hessel),
+    "pick_score": ("pick_score", "exact", {}, lambda m, x, p: [100 * v for v in cosines(m, m.exact, x, p)]),
+    "hps": ("hps", "hps", {"vision_heads": 5, "text_heads": 3}, hps),
+    "aesthetic": ("aesthetic", "quick", {}, aesthetic),
+}  # fmt: skip
+"""Reward, folder below the root, options, and PyTorch's scores in float32 and float64."""
+
+
 def gap(single, double):
     """What float32 alone costs PyTorch, as the largest difference."""
     return float(np.abs(np.asarray(single, np.float64) - np.asarray(double, np.float64)).max())
+
+
+def tolerance(single, double):
+    """Ten times that gap, but no less than the spacing of float32 at the largest value: where PyTorch
+    happens to hit it, nobody can do better."""
+    return max(10 * gap(single, double), float(np.spacing(np.float32(np.abs(double).max()))))
+
+
+def assert_parity(ours, single, double):
+    """Ours is as near to PyTorch's float64 as PyTorch's own float32, within a factor of ten."""
+    assert np.shape(ours) == np.shape(double)
+    assert np.isfinite(ours).all() and np.std(double) > 0
+    assert gap(ours, double) <= tolerance(single, double)

@@ -8,6 +8,7 @@ default, then against the contradictions between fields. Nothing below the entry
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -105,7 +106,9 @@ class Search:
     sigma_floor: float = option(0.0, "least std of the search law", low=0, high=1)
     smoothing: float = option(1.0, "weight of the new mean and std (1: paper)", above=0, high=1)
     steps: str | tuple[int, ...] = option(
-        "late", "searched steps: late, early, all, none, or a list of indices"
+        "late",
+        "searched steps: late, early, all, none, a list of indices, a..b (those that begin at a < t ≤ b, or "
+        "the nearest), or auto (the window that an audit of the rewards recommends: docs/audit.md)",
     )
     members: float = option(1.0, "share of each group that is searched", low=0, high=1)
     credit: str = option(
@@ -210,9 +213,35 @@ class Log:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pretrain:
-    """Making an embedded world's pipeline from nothing."""
+class Host:
+    """Rewards outside the graph: Python functions and servers, which score finished images. A reward may set
+    all but the last two for itself."""
 
+    batch: int = option(16, "images in one call or request", low=1)
+    workers: int = option(4, "calls or requests of a reward at the same time", low=1, high=256)
+    timeout: float = option(60.0, "seconds for one call or request", above=0)
+    deadline: float = option(180.0, "seconds for one batch with all its attempts", above=0)
+    retries: int = option(5, "further attempts after a request that failed", low=0)
+    ahead: int = option(2, "rollout calls that may wait for their scores while the next one runs", low=1)
+    failed_share: float = option(
+        0.5, "share of images without a reward, of whatever kind, that ends the run with 5", above=0, high=1
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """Measuring at which steps the search pays: `--mode=rewards --audit`, and `search.steps = auto`."""
+
+    prompts: int = option(32, "prompt groups that are looked at", low=2)
+    members: int = option(8, "images per prompt", low=3)
+    window: int = option(3, "most steps that are recommended", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrain:
+    """Making an embedded world's pipeline, or its learned rewards, from nothing."""
+
+    part: str = option("pipeline", "what is made", choices=("pipeline", "rewards"))
     images: int = option(49152, "scenes rendered for the flow model", low=64)
     vae_steps: int = option(1400, "optimizer steps of the autoencoder", low=1)
     decoder_steps: int = option(2500, "optimizer steps of the decoder alone", low=1)
@@ -222,6 +251,8 @@ class Pretrain:
         (0.3, 0.1), "share of wrong captions, the head-room of RL: one cosine cycle of the flow model each"
     )
     dropout: float = option(0.1, "share of empty captions, for guidance", low=0, high=1)
+    reward_pairs: int = option(20480, "pairs of pictures that the learned rewards are taught with", low=64)
+    reward_steps: int = option(2500, "optimizer steps of each learned reward", low=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,16 +270,18 @@ class Config:
     eval_rewards: dict[str, Any] = option(
         {"shapes": 1.0, "shapes_aesthetic": 0.0}, "logged, never trained on"
     )
+    host: Host = section(Host)
     train: Train = section(Train)
     mesh: Mesh = section(Mesh)
     memory: Memory = section(Memory)
     checkpoint: Checkpoint = section(Checkpoint)
     eval: Eval = section(Eval)
     log: Log = section(Log)
+    audit: Audit = section(Audit)
     pretrain: Pretrain = section(Pretrain)
 
 
-RESUMABLE = ("train.epochs", "log.", "checkpoint.", "memory.", "mesh.", "pretrain.")
+RESUMABLE = ("train.epochs", "log.", "checkpoint.", "memory.", "mesh.", "host.", "audit.", "pretrain.")
 """Fields that may change when a run is taken up again: none of them changes what is computed."""
 
 
@@ -257,9 +290,17 @@ def default() -> ConfigDict:
     return ConfigDict(schema.to_dict(Config()), type_safe=False)
 
 
+WHERE_REWARDS_ARE = re.compile(
+    r"(rewards|search_reward|eval_rewards)\..*\."
+    r"(url|key_env|batch|workers|timeout|deadline|retries|breaker|cooldown)"
+)
+"""Options of a reward that say where and how patiently it is asked, not what: these may change, too."""
+
+
 def semantic(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a config dict that must not change when a run is resumed."""
-    return {k: v for k, v in schema.flatten(config) if not k.startswith(RESUMABLE)}
+    flat = schema.flatten(config)
+    return {k: v for k, v in flat if not k.startswith(RESUMABLE) and not WHERE_REWARDS_ARE.fullmatch(k)}
 
 
 def from_dict(values: Mapping[str, Any] | ConfigDict) -> Config:

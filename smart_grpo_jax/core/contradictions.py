@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from smart_grpo_jax.core.errors import UserError
@@ -20,7 +21,9 @@ def _window_end(c: Any) -> int:
 
 def _bad_steps(c: Any) -> bool:
     if isinstance(c.search.steps, str):
-        return c.search.steps not in ("late", "early", "all", "none")
+        times = re.fullmatch(r"(0?\.?\d+)\.\.([01]?\.?\d+)", c.search.steps)
+        named = c.search.steps in ("late", "early", "all", "none", "auto")
+        return not named and not (times and 0 <= float(times[1]) < float(times[2]) <= 1)
     return any(not 0 <= s < c.sampler.steps for s in c.search.steps) or len(set(c.search.steps)) < len(
         c.search.steps
     )
@@ -59,8 +62,8 @@ RULES: tuple[tuple[Any, str], ...] = (
     ),
     (
         _bad_steps,
-        "search.steps: got {c.search.steps!r}, wanted late, early, all, none or distinct indices below "
-        "sampler.steps = {c.sampler.steps}",
+        "search.steps: got {c.search.steps!r}, wanted late, early, all, none, auto, times such as 0.55..0.9 "
+        "or distinct indices below sampler.steps = {c.sampler.steps}",
     ),
     (
         lambda c: (

@@ -108,7 +108,7 @@ def _override_table(node: Any, part: str, rest: list[str], text: str, here: str)
         table[rest[0]] = value
     else:
         old = table.get(rest[0], {})
-        entry = dict(old) if isinstance(old, Mapping) else {"weight": old}
+        entry = dict(old) if isinstance(old, (Mapping, ConfigDict)) else {"weight": old}
         entry[".".join(rest[1:])] = value
         table[rest[0]] = entry
     with node.unlocked():

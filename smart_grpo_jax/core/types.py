@@ -41,6 +41,12 @@ def metadata_of(prompt: str) -> Mapping[str, Any]:
     return prompt.metadata if isinstance(prompt, Prompt) else NO_METADATA
 
 
+def negative_of(prompt: str, default: str) -> str:
+    """The prompt's own negative prompt, or the run's."""
+    own = prompt.negative if isinstance(prompt, Prompt) else None
+    return default if own is None else own
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Conditioning:
@@ -49,11 +55,14 @@ class Conditioning:
     `repeats` says that the last token stands for so many identical ones. A pipeline without T5 pads the
     text with equal zero tokens; nothing tells them apart, so they stay equal through every layer, and
     one token whose attention logit is raised by log(repeats) gives the same numbers.
+
+    `negative` is what guidance leads away from, row by row; None: one negative prompt serves all rows.
     """
 
     tokens: Float[Array, "b s d"]
     pooled: Float[Array, "b p"]
     repeats: int = dataclasses.field(default=1, metadata={"static": True})
+    negative: Conditioning | None = None
 
     def rows(self, index: Array) -> Conditioning:
         """The conditioning of the given rows of the table."""

@@ -9,6 +9,7 @@ cache is indexed without reading it; each other record is a JSON header and the 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import os
@@ -24,7 +25,7 @@ import ml_dtypes as ml_dtypes  # gives numpy the name "bfloat16"
 import numpy as np
 
 from smart_grpo_jax.core.errors import StorageError, UserError
-from smart_grpo_jax.core.types import Conditioning
+from smart_grpo_jax.core.types import Conditioning, negative_of
 from smart_grpo_jax.runtime.progress import duration, say
 
 PARTS, SUFFIX = "part-", ".array_record"
@@ -55,12 +56,24 @@ class Spot(NamedTuple):
 
 
 class Embeddings:
-    """Rows by prompt. `folder` None keeps them in memory alone."""
+    """Rows by prompt. `folder` None keeps them in memory alone.
 
-    def __init__(self, encode: Encode, fingerprint: str, folder: Path | None, batch: int = 8) -> None:
+    `negative` is given where some prompt has a negative prompt of its own: it stands for those that have
+    none.
+    """
+
+    def __init__(
+        self,
+        encode: Encode,
+        fingerprint: str,
+        folder: Path | None,
+        batch: int = 8,
+        negative: str | None = None,
+    ) -> None:
         self._encode: Encode | None = encode
         self._folder = folder / fingerprint if folder is not None else None
         self._batch = batch
+        self._negative = negative
         self._memory: dict[str, Row] = {}
         self._disk: dict[str, Spot] = {}
         self._seen: set[Path] = set()
@@ -96,6 +109,14 @@ class Embeddings:
         found = [self._row(prompt) for prompt in prompts]
         tokens, pooled = (np.stack([getattr(row, name) for row in found]) for name in FIELDS)
         return Conditioning(cast(Any, tokens), cast(Any, pooled), found[0].repeats)
+
+    def conditioning(self, prompts: Sequence[str]) -> Conditioning:
+        """The rows of these prompts, with those of their negative prompts where there are such."""
+        cond = self.rows(prompts)
+        if self._negative is None:
+            return cond
+        negative = self.rows([negative_of(prompt, self._negative) for prompt in prompts])
+        return dataclasses.replace(cond, negative=negative)
 
     def release(self) -> None:
         """Let go of the encoders."""

@@ -1,30 +1,37 @@
 """Prompt sets and the draw of an epoch's groups.
 
-A source is `shapes:SPLIT` (the embedded world), `tfds:NAME:SPLIT:FIELD` (read through `data_source`, so
-without TensorFlow), or a file: one prompt per line, or JSON objects with a `prompt` if it ends in .jsonl.
-The draw is stateless: the prompts of an epoch follow from the seed and the epoch's number.
+A source is `shapes:SPLIT` (the embedded world), `geneval:SPLIT` (GenEval's prompts), `tfds:NAME:SPLIT:FIELD`
+(read through `data_source`, so without TensorFlow), or a file: one prompt per line, or JSON objects with a
+`prompt` if it ends in .jsonl. The draw is stateless: the prompts of an epoch follow from the seed and the
+epoch's number.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from smart_grpo_jax.core.errors import UserError, nearest
+from smart_grpo_jax.core.types import Prompt
+from smart_grpo_jax.data import builders, geneval
+from smart_grpo_jax.data.prompt_lines import Gathered, Stored, read_file
+from smart_grpo_jax.runtime.progress import say
 from smart_grpo_jax.worlds.shapes import grammar
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptSet:
-    """Prompts in a fixed order, and what was left out while reading them.
+    """Prompts in a fixed order, and what was left out while reading them: `skipped` bad lines, `repeats` of
+    earlier texts, and one line on both (`report`).
 
     A `balanced` set takes its tasks in turn, so that every stretch of it has equal shares; prompts of the
     smaller tasks stand in it several times.
@@ -34,12 +41,26 @@ class PromptSet:
     prompts: tuple[str, ...]
     skipped: int = 0
     balanced: bool = False
+    repeats: int = 0
+    report: str = ""
 
-    @property
+    @functools.cached_property
     def sha(self) -> str:
-        """A short fingerprint, so that a changed file is noticed when a run is resumed."""
-        joined = "\n".join(self.prompts)
-        return f"{zlib.crc32(joined.encode()):08x}"
+        """A short fingerprint of texts, negative prompts and metadata, in this order: a changed file is
+        noticed when a run is resumed."""
+        found = hashlib.sha256()
+        for prompt in self.prompts:
+            found.update(prompt.encode("utf-8", "surrogatepass") + b"\n")
+            if isinstance(prompt, Prompt):
+                found.update(f"{prompt.negative!r} {written(prompt.metadata)}\n".encode())
+        return found.hexdigest()[:16]
+
+
+def written(metadata: Mapping[str, Any]) -> str:
+    """Metadata as they came, or as JSON."""
+    if isinstance(metadata, Stored):
+        return metadata.line
+    return json.dumps(dict(metadata), sort_keys=True, default=str)
 
 
 def prompt_id(text: str) -> int:
@@ -47,91 +68,89 @@ def prompt_id(text: str) -> int:
     return zlib.crc32(text.encode()) & 0x7FFFFFFF
 
 
-def load(source: str) -> PromptSet:
-    """Read a source; an empty, missing or unreadable one is a UserError."""
+def load(source: str, strict: bool = False, field: str = "prompts.source") -> PromptSet:
+    """Read a source; an empty, missing or unreadable one is a UserError.
+
+    Bad lines are skipped, and one line says how many, which and why; with `strict` the first one is a
+    UserError.
+    """
     kind, _, rest = source.partition(":")
-    prompts, skipped = READERS[kind](rest) if kind in READERS else _file(source)
-    if not prompts:
-        raise UserError(f"prompts.source: {source} holds no prompt")
-    return PromptSet(source, tuple(prompts), skipped, balanced=kind == "shapes")
+    if kind in READERS:
+        unit, found = "record", READERS[kind].read(rest, field, strict)
+    else:
+        unit, found = "line", read_file(source, field, strict)
+    report = found.report(unit)
+    if not found.prompts:
+        raise UserError(f"{field}: {source} holds no prompt" + (f": {report}" if report else ""))
+    if report:
+        say(f"{field}: {source}: {report}")
+    prompts = tuple(found.prompts)
+    return PromptSet(source, prompts, found.skipped, kind == "shapes", found.repeats, report)
 
 
 def check(source: str, field: str = "prompts.source") -> None:
     """The part of `load` that needs no reading: does the source exist?"""
-    kind, _, rest = source.partition(":")
-    if kind == "shapes":
-        _shapes_split(rest, field)
-    elif kind == "tfds":
-        if rest.count(":") != 2:
-            raise UserError(f'{field}: got "{source}", wanted tfds:NAME:SPLIT:FIELD')
+    kind, colon, rest = source.partition(":")
+    if kind in READERS:
+        READERS[kind].check(rest, field)
     elif not os.path.isfile(source):
-        raise UserError(f'{field}: got "{source}", wanted shapes:SPLIT, tfds:NAME:SPLIT:FIELD or a file')
+        hint = f" ({nearest(kind, READERS)})" if colon and "/" not in source else ""
+        raise UserError(f'{field}: got "{source}", wanted {SOURCES} or a file{hint}')
 
 
-def _shapes_split(split: str, field: str = "prompts.source") -> list[str]:
+def over_long(prompts: Sequence[str], truncated: Callable[[Sequence[str]], int], batch: int = 1000) -> int:
+    """How many prompts lose words, asked of a tokenizer (`Tokenizer.truncated`) in batches."""
+    return sum(truncated(prompts[i : i + batch]) for i in range(0, len(prompts), batch))
+
+
+def _shapes_split(split: str, field: str) -> list[str]:
     splits = grammar.splits()
     if split not in splits:
         raise UserError(f'{field}: got "shapes:{split}" ({nearest(split, splits)})')
     return [str(p) if isinstance(p, str) else grammar.text(p) for p in splits[split]]
 
 
-def _shapes(rest: str) -> tuple[list[str], int]:
+def _shapes(rest: str, field: str, strict: bool) -> Gathered:
     """The six tasks in turn, as GenEval weighs them: equal shares, though position has 500 prompts and
     single_object 4."""
+    del strict
     by_task: dict[str, list[str]] = {}
-    for text in _shapes_split(rest):
+    for text in _shapes_split(rest, field):
         by_task.setdefault(grammar.parse(text).task, []).append(text)
     longest = max(map(len, by_task.values()))
-    return [texts[i % len(texts)] for i in range(longest) for texts in by_task.values()], 0
+    return Gathered([texts[i % len(texts)] for i in range(longest) for texts in by_task.values()])
 
 
-def _tfds(rest: str) -> tuple[list[str], int]:
-    name, split, field = rest.split(":")
-    import tensorflow_datasets as tfds
-
-    source: Any = tfds.data_source(name, split=split)
-    values = (source[i][field] for i in range(len(source)))
-    return _clean(v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in values)
+def _geneval(rest: str, field: str, strict: bool) -> Gathered:
+    del strict
+    split, seed = geneval.asked(rest, field)
+    return Gathered(list(geneval.splits(seed)[split]))
 
 
-def _file(path: str) -> tuple[list[str], int]:
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"prompts.source: {path} is not UTF-8 (byte {error.start})") from None
-    except OSError as error:
-        raise UserError(f"prompts.source: {path}: {error.strerror}") from None
-    lines = text.splitlines()
-    return _clean(_json_lines(path, lines) if path.endswith(".jsonl") else lines)
+def _check_tfds(rest: str, field: str) -> None:
+    if rest.count(":") < 2:
+        raise UserError(f'{field}: got "tfds:{rest}", wanted tfds:NAME:SPLIT:FIELD')
 
 
-def _json_lines(path: str, lines: list[str]) -> list[str]:
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            prompts.append(str(json.loads(line)["prompt"]))
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise UserError(
-                f'prompts.source: {path} line {number} is no JSON object with a "prompt"'
-            ) from None
-    return prompts
+def _tfds(rest: str, field: str, strict: bool) -> Gathered:
+    _check_tfds(rest, field)
+    name, split, text = rest.rsplit(":", 2)
+    return builders.read(name, split, text, field, strict)
 
 
-def _clean(lines: Iterable[str]) -> tuple[list[str], int]:
-    """Trimmed, without blanks, control characters' lines and repeats; how many lines were left out."""
-    seen: dict[str, None] = {}
-    total = 0
-    for line in lines:
-        total += 1
-        text = " ".join(line.split())
-        if text and text.isprintable():
-            seen.setdefault(text)
-    return list(seen), total - len(seen)
+class Source(NamedTuple):
+    """How a kind of source is checked (rest, field) and read (rest, field, strict)."""
+
+    check: Callable[[str, str], object]
+    read: Callable[[str, str, bool], Gathered]
 
 
-READERS: dict[str, Callable[[str], tuple[list[str], int]]] = {"shapes": _shapes, "tfds": _tfds}
+READERS: dict[str, Source] = {
+    "shapes": Source(_shapes_split, _shapes),
+    "geneval": Source(geneval.asked, _geneval),
+    "tfds": Source(_check_tfds, _tfds),
+}
+SOURCES = "shapes:SPLIT, geneval:SPLIT, tfds:NAME:SPLIT:FIELD"
 
 
 def epoch_groups(count: int, groups: int, seed: int, epoch: int) -> np.ndarray:

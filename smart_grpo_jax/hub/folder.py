@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,13 +27,14 @@ DIFFUSERS_VERSION = "0.31.0"  # the first with SD3.5; what a written config clai
 DTYPES: Mapping[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 """What networks compute in, and keep their weights in."""
 
-Layout = Callable[[str, str], Any]
-"""layout(component, path) → the sharding of a parameter; None: the default device."""
+Layout = Callable[[str, Any], Callable[[str], Any]]
+"""layout(class name, config)(path) → the sharding of a parameter; None: the default device."""
 
 
-def default_device(component: str, path: str) -> Any:
+def default_device(class_name: str, config: Any) -> Callable[[str], Any]:
     """The layout of one device."""
-    del component, path
+    del class_name, config
+    return lambda path: None
 
 
 def compute_type(name: str) -> Any:
@@ -116,7 +116,7 @@ def read_params(
     reader = open_weights(folder, name, class_name)
     count = sum(int(np.prod(reader.shape(key))) for key in reader.keys())
     with Transfer(f"loading {name}", count, reader.nbytes()) as progress:
-        table, place = NETWORKS[class_name].table, functools.partial(layout, name)
+        table, place = NETWORKS[class_name].table, layout(class_name, config)
         return tables.to_params(table, config, reader, dtype, place, progress)
 
 

@@ -6,6 +6,7 @@ that programs compiled for it are found again.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, Protocol, cast
@@ -79,14 +80,15 @@ def network(
 def guided(velocity: VelocityFn, scale: float | Array) -> VelocityFn:
     """v_n + scale·(v_p - v_n), the batch doubled as [negative, positive].
 
-    The negative prompt is params["negative"], a Conditioning of one row. As in diffusers, a scale of 1 or
-    less means no guidance; the batch is then not doubled.
+    The negative prompt is params["negative"], a Conditioning of one row, unless the rows carry their own.
+    As in diffusers, a scale of 1 or less means no guidance; the batch is then not doubled.
     """
     if isinstance(scale, (int, float)) and scale <= 1:
         return velocity
 
     def both(params: PyTree, x: Array, t: Array, cond: Conditioning) -> Array:
-        negative = params["negative"]
+        negative = params["negative"] if cond.negative is None else cond.negative
+        cond = dataclasses.replace(cond, negative=None)
         if negative.repeats != cond.repeats or negative.tokens.shape[-2:] != cond.tokens.shape[-2:]:
             raise UserError("guidance: the negative prompt is encoded unlike the prompts (compact or not?)")
 

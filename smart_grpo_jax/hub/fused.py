@@ -45,9 +45,8 @@ class Split:
         for span in self.spans.values():
             shape = reader.shape(span.key)
             if span.count > 1 and (not shape or shape[0] % span.count or shape[0] == 0):
-                raise UserError(
-                    f"{reader.file(span.key)}: {span.key!r} has shape {shape}, wanted {span.count} equal parts"
-                )
+                wanted = f"wanted {span.count} equal parts"
+                raise UserError(f"{reader.file(span.key)}: {span.key!r} has shape {shape}, {wanted}")
 
     def keys(self) -> set[str]:
         """The keys, parted."""
@@ -63,17 +62,18 @@ class Split:
         span = self.spans[key]
         if span.count == 1:
             return self.reader.tensor(span.key)
-        return self.rows(key, 0, self.shape(key)[0])
+        height = self.shape(key)[0]
+        return self.reader.rows(span.key, span.index * height, (span.index + 1) * height)
 
     def rows(self, key: str, start: int, stop: int) -> np.ndarray:
         """Read [start:stop] along the first axis that is longer than one."""
         span, shape = self.spans[key], self.shape(key)
         if span.count == 1:
             return self.reader.rows(span.key, start, stop)
-        if long_axis(shape) == 0:
+        if (axis := long_axis(shape)) == 0:
             first = span.index * shape[0]
             return self.reader.rows(span.key, first + start, first + stop)
-        return self.reader.rows(span.key, span.index, span.index + 1)[:, start:stop]  # one row per part
+        return self.tensor(key)[(slice(None),) * axis + (slice(start, stop),)]  # one row per part
 
     def file(self, key: str) -> str:
         """The name of the file that holds, or should hold, the tensor."""

@@ -145,15 +145,6 @@ def load_text(
     family, _ = folder.index(root)
     classes = {name: kind for name, kind in folder.components(root).items() if name in family.text}
     configs = {name: folder.read_config(root, name, kind) for name, kind in classes.items()}
-    tokenizers: dict[str, Any] = {}
-    length = None  # diffusers takes the first tokenizer's length for every CLIP
-    for name, config in configs.items():
-        place = root / family.tokenizers[name]
-        if isinstance(config, T5Config):
-            tokenizers[name] = load_t5_tokenizer(place, t5_length)
-        else:
-            tokenizers[name] = load_tokenizer(place, length)
-            length = tokenizers[name].length
     params = {
         name: folder.read_params(root, name, kind, configs[name], kept, layout)
         for name, kind in classes.items()
@@ -161,13 +152,36 @@ def load_text(
     width = folder.read_config(root, "transformer", family.networks["transformer"]).joint_attention_dim
     return Text(
         configs=configs,
-        tokenizers=tokenizers,
+        tokenizers=load_tokenizers(path, t5_length),
         params=params,
         join=family.name,
         width=width,
         t5_length=t5_length,
         dtype=kept,
     )
+
+
+def load_tokenizers(path: str | Path, t5_length: int = 256) -> dict[str, Tokenizer]:
+    """The tokenizers alone, by the component that they serve."""
+    root = pipeline_folder(path)
+    family, _ = folder.index(root)
+    tokenizers: dict[str, Tokenizer] = {}
+    length = None  # diffusers takes the first tokenizer's length for every CLIP
+    for name, kind in folder.components(root).items():
+        if name not in family.text:
+            continue
+        place = root / family.tokenizers[name]
+        if isinstance(folder.read_config(root, name, kind), T5Config):
+            tokenizers[name] = load_t5_tokenizer(place, t5_length)
+        else:
+            tokenizers[name] = load_tokenizer(place, length)
+            length = tokenizers[name].length
+    return tokenizers
+
+
+def reads_negative(path: str | Path) -> bool:
+    """Does guidance lead this kind of pipeline away from a negative prompt?"""
+    return folder.index(pipeline_folder(path))[0].doubles
 
 
 def text_fingerprint(path: str | Path, dtype: str, t5_length: int) -> str:

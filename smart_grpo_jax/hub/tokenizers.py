@@ -56,6 +56,7 @@ class Tokenizer:
     backend: Any
     length: int
     pad: int
+    kind: str = "CLIP"
 
     def __call__(self, texts: Sequence[str]) -> Int[np.ndarray, "n s"]:
         """The ids of each text, exactly `length` of them."""
@@ -167,7 +168,7 @@ def load_t5_tokenizer(folder: Path, length: int) -> Tokenizer:
             raise UserError(f"{folder}: {name}: got {got!r}, wanted {wanted!r}")
     backend = t5_backend(folder, config)
     backend.enable_truncation(length)
-    return Tokenizer(backend, length, unigram.PAD)
+    return Tokenizer(backend, length, unigram.PAD, "T5")
 
 
 def t5_backend(folder: Path, config: Mapping[str, Any]) -> Any:

@@ -7,7 +7,7 @@ the arguments of policy/'s programs; traced.py makes what is traced.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -25,15 +25,15 @@ from smart_grpo_jax.core.errors import UserError
 from smart_grpo_jax.core.types import Conditioning, PyTree, Scores, TrainState
 from smart_grpo_jax.data import prompts as prompt_data
 from smart_grpo_jax.data.embeddings import Embeddings
-from smart_grpo_jax.hub import adapters
+from smart_grpo_jax.hub import adapters, sharding
 from smart_grpo_jax.hub import pipeline as hub
 from smart_grpo_jax.hub.functions import RawVelocity
 from smart_grpo_jax.jobs import embed, traced
 from smart_grpo_jax.maths import rng, schedule
 from smart_grpo_jax.models import lora
 from smart_grpo_jax.policy import credit, rollout, update
-from smart_grpo_jax.rewards import base, mixture
-from smart_grpo_jax.runtime.mesh import make_mesh, pad_groups, replicated
+from smart_grpo_jax.rewards import base, host, mixture
+from smart_grpo_jax.runtime.mesh import at_rest, make_mesh, pad_groups, replicated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +97,8 @@ def assemble(
     replaces the prompts of an evaluation; the adapters of `lora` are folded into the base; without
     `training` the prompts of the epochs are left out.
     """
+    for table in (config.rewards, config.eval_rewards):
+        mixture.greet(table, config.host)  # a server that is not there is known before weights are read
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     everywhere = replicated(mesh)
     prompts = prompt_data.load(config.prompts.source)
@@ -111,11 +113,13 @@ def assemble(
         t5_length=config.model.t5_length,
         text=False,
         tiling=config.model.tiling,
-        layout=lambda component, path: everywhere,
+        layout=sharding.layout(mesh),
     )
     pipe.check_negative(config.prompts.negative)
-    reward = mixture.mixture(config.rewards)
-    search_reward = mixture.mixture(config.search_reward) if config.search_reward else reward
+    reward = placed(mesh, mixture.mixture(config.rewards, config.host))
+    search_reward = reward
+    if config.search_reward:
+        search_reward = placed(mesh, mixture.mixture(config.search_reward, config.host))
     velocity = raw_velocity(config, pipe)
     fns, policy = functions(config, pipe, velocity, reward, search_reward, mesh)
     times = time_grid(config, pipe, config.sampler.steps)
@@ -134,9 +138,9 @@ def assemble(
         eval_items=list(items),
         reward=reward,
         search_reward=search_reward,
-        eval_reward=joined(reward, config.eval_rewards),
+        eval_reward=placed(mesh, joined(config, reward)),
         frozen=jax.device_put(frozen, everywhere),
-        fixed=jax.device_put(fixed, everywhere),
+        fixed=fixed,
         fns=fns,
         policy=policy,
         recipe=recipe(config),
@@ -290,12 +294,14 @@ def rollout_shape(config: Config, pipe: hub.Pipeline, times: np.ndarray) -> roll
     )
 
 
-def joined(reward: base.Reward, extra: Mapping[str, Any]) -> base.Reward:
+def joined(config: Config, reward: base.Reward) -> base.Reward:
     """The training reward with more parts beside it: evaluation's view. Its value stays the training one."""
+    # only the parts are looked at, and those are before the weights; a server is not asked twice
+    asked = mixture.outside(config.rewards)
+    extra = {k: mixture.options_of(v) for k, v in config.eval_rewards.items() if k not in asked}
     if not extra:
         return reward
-    # only the parts are looked at, and those are before the weights
-    held = mixture.mixture({k: {**mixture.options_of(v), "weight": 1.0} for k, v in extra.items()})
+    held = mixture.mixture({k: {**options, "weight": 1.0} for k, options in extra.items()}, config.host)
 
     def score(params: PyTree, images: Any, ctx: PyTree, t: Any = None) -> Scores:
         value = reward.score(params[0], images, ctx[0], t)
@@ -308,7 +314,13 @@ def joined(reward: base.Reward, extra: Mapping[str, Any]) -> base.Reward:
         prepare=lambda texts: (reward.prepare(texts), held.prepare(texts)),
         score=score,
         uses_prompt=True,
+        host=host.beside(reward.host, held.host),
     )
+
+
+def placed(mesh: Mesh, reward: base.Reward) -> base.Reward:
+    """The reward with its parameters where they rest on the mesh."""
+    return dataclasses.replace(reward, params=jax.device_put(reward.params, at_rest(mesh, reward.params)))
 
 
 def groups_per_call(run: Run, groups: int, members: int, chunk: int) -> tuple[int, int]:
@@ -335,7 +347,7 @@ def make_batch(
     members = list(first_member) or [0] * len(texts)
     batch = rollout.Batch(
         cast(jax.Array, np.asarray([*ids, *[ids[0]] * spare], np.int32)),
-        run.embeddings.rows(filled),
+        run.embeddings.conditioning(filled),
         reward.prepare(filled),
         run.search_reward.prepare(filled),
         cast(jax.Array, np.asarray([*members, *[0] * spare], np.int32)),

@@ -19,7 +19,7 @@ from smart_grpo_jax.core.config import Config
 from smart_grpo_jax.core.errors import UserError
 from smart_grpo_jax.core.types import PyTree, TrainState
 from smart_grpo_jax.data import prompts as prompt_data
-from smart_grpo_jax.jobs import assemble, traced
+from smart_grpo_jax.jobs import assemble, host_scores, measured_window, traced
 from smart_grpo_jax.jobs.assemble import Run
 from smart_grpo_jax.jobs.statistics import comparison, signed
 from smart_grpo_jax.maths import window
@@ -35,15 +35,21 @@ EVAL_SEED = 20_251_002
 
 
 class Evaluation(NamedTuple):
-    """Scores[prompt, seed] by name, and the pictures of the first prompts."""
+    """Scores[prompt, seed] by name, the pictures of the first prompts, and which scores did not come."""
 
     prompts: list[str]
     scores: dict[str, np.ndarray]
     images: np.ndarray
+    failed: tuple[str, ...] = ()
 
     def means(self) -> dict[str, float]:
         """Mean over prompts and seeds, per score."""
-        return {name: float(np.nanmean(values)) for name, values in self.scores.items()}
+        return {name: _mean(values) for name, values in self.scores.items()}
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if known.size else float("nan")
 
 
 def evaluator(
@@ -69,20 +75,26 @@ def evaluator(
         knobs = eval_knobs(config, times, searched, seed)
         scores: dict[str, list[np.ndarray]] = {}
         images: list[np.ndarray] = []
+        outside = host_scores.Finished(run.eval_reward, config, "eval", members)
         for start in range(0, len(run.eval_items), rows):
             items = run.eval_items[start : start + rows]
             texts = [item.text for item in items]
             ids = [prompt_data.prompt_id(text) for text in texts]
             first = [item.repeat * members for item in items]
             one, _ = assemble.make_batch(run, texts, rows, run.eval_reward, ids, first)
-            acted = jax.device_get(_outputs(act(params, knobs, one)))
+            drawn = act(params, knobs, one)
+            outside.submit(drawn.images, texts, range(start, start + len(texts)))
+            acted = jax.device_get(_outputs(drawn))
             pictures = acted["images"][: len(texts) * members]
             for name, value in (acted["scores"] | _second_opinion(config, texts, members, pictures)).items():
                 scores.setdefault(name, []).append(value[: len(texts) * members])
             images.append(pictures)
+        if scored := outside.gather():
+            scores |= {part: [one.parts[part] for one in scored] for part in scored[0].parts}
+            scores["reward"] = [a + b.value for a, b in zip(scores["reward"], scored, strict=True)]
         grid = {name: np.concatenate(v).reshape(-1, members) for name, v in scores.items()}
         shown = np.concatenate(images)[::members][: config.log.samples]
-        return Evaluation([item.text for item in run.eval_items], grid, shown)
+        return Evaluation([item.text for item in run.eval_items], grid, shown, outside.failed)
 
     return evaluate
 
@@ -146,6 +158,13 @@ def eval_knobs(config: Config, times: np.ndarray, searched: bool, seed: int) -> 
     )
 
 
+def refuse_failures(config: Config, result: Evaluation, what: str) -> None:
+    """Say which scores did not come; RewardError where they are too many."""
+    missing = ~np.isfinite(result.scores["reward"])
+    if warning := host_scores.tolerated(config, float(missing.mean()), what, result.failed):
+        say(warning)
+
+
 def print_comparison(rows: Sequence[Mapping[str, float | str]], count: int, labels: tuple[str, str]) -> None:
     """The table that ends a run."""
     cells = [
@@ -168,12 +187,14 @@ def evaluated_weights(config: Config, state: TrainState) -> PyTree:
 def job(config: Config, workdir: str, epoch: int | None = None) -> None:
     """`--mode=eval`: the newest checkpoint of a run folder against the base on equal noise; without a
     checkpoint, the base alone (and, with eval.search, the base with the noise searched)."""
+    config = measured_window.asked(config, workdir)
     run = assemble.assemble(config, training=False)
     state = run.state()
     with Checkpoints(workdir, keep=1, best_of=None, say=say, read_only=True) as checkpoints:
         restored = checkpoints.restore(state, epoch=epoch)
     with Heartbeat("evaluating"):
         base = evaluator(run, search=False)(run.state().params)
+    refuse_failures(config, base, "the base's evaluation")
     labels = ("base", "base, searched noise" if config.eval.search else "base")
     other = base
     if restored is not None:
@@ -182,4 +203,5 @@ def job(config: Config, workdir: str, epoch: int | None = None) -> None:
         weights = evaluated_weights(config, restored.state if restored is not None else state)
         with Heartbeat("evaluating"):
             other = evaluator(run)(weights)
+        refuse_failures(config, other, "the evaluation")
     print_comparison(comparison(base.scores, other.scores, base.prompts), len(base.prompts), labels)

@@ -111,10 +111,12 @@ def load(config: Config, workdir: str, epoch: int | None, which: str) -> Trained
 
 
 def quiet(config: Config) -> Config:
-    """The config without what an export has no use for: rewards with their weights, the adapter's start."""
+    """The config without what an export has no use for: rewards with their weights, the search, the
+    adapter's start."""
     return dataclasses.replace(
         config,
         adapter=dataclasses.replace(config.adapter, init=""),
+        search=dataclasses.replace(config.search, steps="none"),
         rewards={"compressibility": 1.0},
         search_reward={},
         eval_rewards={},

@@ -21,10 +21,10 @@ from smart_grpo_jax.core.config import Config
 from smart_grpo_jax.core.errors import UserError
 from smart_grpo_jax.core.types import PyTree
 from smart_grpo_jax.data import prompts as prompt_data
-from smart_grpo_jax.jobs import assemble, evaluate, record
+from smart_grpo_jax.jobs import assemble, evaluate, measured_window, record
 from smart_grpo_jax.jobs.assemble import Run
 from smart_grpo_jax.jobs.statistics import HEADLINE
-from smart_grpo_jax.rewards import base
+from smart_grpo_jax.rewards import base, mixture
 from smart_grpo_jax.runtime.checkpoint import Checkpoints
 from smart_grpo_jax.runtime.files import write_atomic
 from smart_grpo_jax.runtime.progress import Heartbeat, say, table
@@ -75,7 +75,9 @@ def job(config: Config, workdir: str, wanted: Wanted) -> None:
     prompts = texts(wanted.prompts, config)
     config = as_asked(config, wanted, len(prompts))
     items = [prompt_data.Item(text, prompts[:i].count(text)) for i, text in enumerate(prompts)]
+    config, absent = reachable(measured_window.asked(config, workdir))
     run = judged(assemble.assemble(config, items, lora=wanted.lora, training=False), prompts, wanted)
+    run = dataclasses.replace(run, eval_reward=base.nothing()) if absent else run
     weights, source = loaded(run, workdir, wanted)
     rows = {}
     for noise, search in (("plain", False), ("searched", True))[: 1 + config.eval.search]:
@@ -114,6 +116,17 @@ def as_asked(config: Config, wanted: Wanted, count: int) -> Config:
         log=dataclasses.replace(config.log, samples=count),
         eval=dataclasses.replace(config.eval, seeds=1),
     )
+
+
+def reachable(config: Config) -> tuple[Config, bool]:
+    """The config, without the rewards of servers that are not there, and whether that is so."""
+    try:
+        for table in (config.rewards, config.eval_rewards):
+            mixture.greet(table, config.host)
+    except UserError as error:
+        say(f"pictures are not scored: {error.line}")
+        return dataclasses.replace(config, rewards={"compressibility": 1.0}, eval_rewards={}), True
+    return config, False
 
 
 def judged(run: Run, prompts: list[str], wanted: Wanted) -> Run:

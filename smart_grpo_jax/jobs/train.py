@@ -18,10 +18,10 @@ import numpy as np
 
 from smart_grpo_jax.core import config as configs
 from smart_grpo_jax.core.config import Config
-from smart_grpo_jax.core.errors import NumericsError, RewardError, StorageError
+from smart_grpo_jax.core.errors import NumericsError, StorageError
 from smart_grpo_jax.core.types import PyTree, TrainState
 from smart_grpo_jax.data import prompts as prompt_data
-from smart_grpo_jax.jobs import assemble, evaluate, record, traced
+from smart_grpo_jax.jobs import assemble, evaluate, host_scores, measured_window, record, traced
 from smart_grpo_jax.jobs.assemble import Run
 from smart_grpo_jax.policy import cost, credit, rollout, update
 from smart_grpo_jax.runtime import distributed, manifest
@@ -35,9 +35,6 @@ from smart_grpo_jax.runtime.watchdog import Watchdog
 
 RATIO_TOLERANCE = 1e-6
 """How far the first update's ratio may be from 1: rollout and update share one step function."""
-
-FAILED_SHARE = 0.5
-"""Share of an epoch's images without a reward that ends a run."""
 
 BAD_UPDATES = 3
 """Non-finite gradients in a row that end a run."""
@@ -64,6 +61,7 @@ class Loop:
     eta: Eta
     compiles: CompileCount
     rounds: int = 0
+    failed: tuple[str, ...] = ()
 
     @property
     def config(self) -> Config:
@@ -88,10 +86,11 @@ def job(config: Config, workdir: str, command: Sequence[str]) -> None:
 
 def train(config: Config, folder: RunFolder, checkpoints: Checkpoints, stop: StopFlag) -> None:
     """The recipe."""
+    config, spent = measured_window.settled(config, folder.path)
     compiles = CompileCount()
     with Heartbeat("loading"):
         run = assemble.assemble(config)
-    loop = begin(run, folder, checkpoints, stop, compiles)
+    loop = begin(run, folder, checkpoints, stop, compiles, spent)
     programs = Programs(run)
     with loop.log, loop.watchdog:
         while True:
@@ -123,9 +122,14 @@ class Programs:
 
 
 def begin(
-    run: Run, folder: RunFolder, checkpoints: Checkpoints, stop: StopFlag, compiles: CompileCount
+    run: Run,
+    folder: RunFolder,
+    checkpoints: Checkpoints,
+    stop: StopFlag,
+    compiles: CompileCount,
+    spent: dict[str, int],
 ) -> Loop:
-    """Fresh or restored; the box that says what this run is."""
+    """Fresh or restored; the box that says what this run is. `spent` was paid before the first epoch."""
     state = run.state()
     restored = checkpoints.restore(state)
     meta: dict[str, Any] = restored.meta if restored else {}
@@ -141,7 +145,7 @@ def begin(
     )
     eta = Eta(run.config.train.epochs, carried=meta.get("eta"))
     watchdog = Watchdog(folder.path, jax.process_index(), run.config.log.deadline)
-    nfe = dict(meta.get("nfe", cost.NOTHING))
+    nfe = dict(meta.get("nfe", spent))
     say(box("smart_grpo_jax", record.summary(run, state, folder.path, epoch, restored is not None)))
     pending = dict(meta.get("pending", {}))
     return Loop(run, folder, checkpoints, log, stop, watchdog, state, epoch, pending, nfe, eta, compiles)
@@ -156,6 +160,7 @@ def tell(loop: Loop, programs: Programs) -> None:
             started = time.monotonic()
             with loop.watchdog.phase("evaluate", loop.epoch), Heartbeat(f"evaluating epoch {loop.epoch}"):
                 result = programs.evaluate(evaluate.evaluated_weights(loop.config, loop.state))
+            evaluate.refuse_failures(loop.config, result, f"evaluation {loop.epoch}")
             scalars |= record.evaluation(loop.folder, loop.epoch, result)
             scalars["wall/eval_seconds"] = time.monotonic() - started
         scalars |= {f"nfe/{name}": count for name, count in loop.nfe.items()}
@@ -196,6 +201,7 @@ def save(loop: Loop, logged: bool) -> None:
     meta = {
         "prompts": loop.run.prompts.sha,
         "nfe": loop.nfe,
+        "searched": loop.config.search.steps,
         "eta": loop.eta.state(),
         "pending": {} if logged else loop.pending,
     }
@@ -221,9 +227,11 @@ def act(loop: Loop, programs: Programs) -> tuple[rollout.Acted, credit.Masks, ro
     run, config = loop.run, loop.config
     index = prompt_data.epoch_groups(len(run.prompts.prompts), config.prompts.groups, config.seed, loop.epoch)
     texts = [run.prompts.prompts[i] for i in index]
-    size, calls = assemble.groups_per_call(run, len(texts), config.prompts.members, config.memory.rollout)
+    members = config.prompts.members
+    size, calls = assemble.groups_per_call(run, len(texts), members, config.memory.rollout)
     knobs = traced.rollout_knobs(run.config, run.times, loop.epoch)
     params = run.rollout_params(loop.state.params)
+    outside = host_scores.Finished(run.reward, config, f"e{loop.epoch + 1}", members)
     parts, batches, real = [], [], []
     with loop.watchdog.phase("rollout", loop.epoch), Heartbeat(f"rolling out epoch {loop.epoch + 1}"):
         for call in range(calls):
@@ -233,6 +241,10 @@ def act(loop: Loop, programs: Programs) -> tuple[rollout.Acted, credit.Masks, ro
             parts.append(programs.act(params, knobs, batch))
             batches.append(batch)
             real.append(here)
+            outside.submit(parts[-1].images, texts[some], index[some].tolist())
+        if scored := outside.gather():
+            parts = [host_scores.added(part, scores) for part, scores in zip(parts, scored, strict=True)]
+        loop.failed = outside.failed
         joined = record.join(parts), record.join_batches(batches)
         acted, batch = record.without_padding(*joined, np.concatenate(real))
         jax.block_until_ready(acted.reward)
@@ -246,10 +258,9 @@ def learn(
     """Credit, update, and the guards: no reward, a ratio that is not 1, numbers that are not numbers."""
     first = loop.rounds == 0
     summary = {k: float(v) for k, v in jax.device_get(programs.summary(acted, masks)).items()}
-    if summary["train/failed"] >= FAILED_SHARE:
-        raise RewardError(
-            f"rewards: {summary['train/failed']:.0%} of epoch {loop.epoch + 1} failed or are NaN"
-        )
+    what = f"epoch {loop.epoch + 1}"
+    if warning := host_scores.tolerated(loop.config, summary["train/failed"], what, loop.failed):
+        say(warning)
     with loop.watchdog.phase("update", loop.epoch), Heartbeat(f"updating epoch {loop.epoch + 1}"):
         experience = programs.credit(acted, masks)
         knobs = traced.update_knobs(loop.config, loop.run.times, loop.epoch)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from smart_grpo_jax.maths.choice import choose
 
@@ -110,7 +110,7 @@ def step_mask(
     stochastic: Bool[np.ndarray, " steps"] | None = None,
 ) -> Bool[np.ndarray, " steps"]:
     """The steps at which to search: a list of indices, or "all", "none", "late" (t <= 0.61), "early"
-    (0.65 <= t <= 0.95).
+    (0.65 <= t <= 0.95), or "a..b", the steps that begin at a < t <= b.
 
     Only noisy steps have noise to search: what is not in `stochastic` is left out. Without it, the
     names leave out the last step and a list stands as it is.
@@ -130,7 +130,27 @@ def step_mask(
         "early": (t >= EARLY[0] - 1e-6) & (t <= EARLY[1] + 1e-6),
     }
     noisy = np.arange(num_steps) < num_steps - 1 if stochastic is None else stochastic
+    if ".." in spec:
+        named[spec] = _between(spec, t)
     return choose(named, spec, "search steps") & noisy
+
+
+def span(times: np.ndarray, steps: Sequence[int]) -> str:
+    """A window of consecutive steps as times, "a..b": what it is on a grid with another number of steps.
+
+    Half-open, so that on its own grid it is these steps, and on one twice as fine both halves of each.
+    """
+    return f"{float(times[max(steps) + 1]):.6f}..{float(times[min(steps)]):.6f}"
+
+
+def _between(spec: str, t: Float[np.ndarray, " steps"]) -> Bool[np.ndarray, " steps"]:
+    """Steps of the grid that begin in (low, high]; where it is too coarse to have one, the nearest."""
+    try:
+        low, high = map(float, spec.split(".."))
+    except ValueError:
+        raise ValueError(f'search steps: got "{spec}", want two times such as 0.55..0.9') from None
+    inside = (t > low + 1e-6) & (t <= high + 1e-6)
+    return inside if inside.any() else np.arange(len(t)) == np.abs(t - (low + high) / 2).argmin()
 
 
 def _steps(start: int, stop: int) -> np.ndarray:

@@ -112,6 +112,13 @@ def _candidates(rule: Rule, shape: Shape, acted: Acted, masks: Masks, ok: Array)
     )
 
 
+def _known_mean(values: Float[Array, " b"], ok: Bool[Array, " b"]) -> Float[Array, ""]:
+    """The mean of the part where it is known: one of weight 0 may be missing where the reward is not."""
+    known = ok & jnp.isfinite(values)
+    total = jnp.sum(jnp.where(known, values, 0.0))
+    return jnp.where(known.any(), total / jnp.maximum(known.sum(), 1), jnp.nan)
+
+
 def summary(rule: Rule, shape: Shape, acted: Acted, masks: Masks) -> dict[str, Array]:
     """What a log line tells of a rollout."""
     groups = masks.real.shape[0]
@@ -127,7 +134,7 @@ def summary(rule: Rule, shape: Shape, acted: Acted, masks: Masks) -> dict[str, A
         "train/zero_std_groups": grpo.zero_std_ratio(reward, row, groups, ok),
         "train/failed": 1 - kept.sum() / jnp.maximum(masks.real[row].sum(), 1),
     }
-    out |= {f"train/{name}": mean(value) for name, value in acted.parts.items()}
+    out |= {f"train/{name}": _known_mean(value, ok) for name, value in acted.parts.items()}
     if acted.found is not None:
         valid = jnp.isfinite(acted.found.rewards)
         rewards = jnp.where(valid, acted.found.rewards, 0.0)

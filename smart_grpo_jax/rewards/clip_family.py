@@ -120,10 +120,12 @@ def build_hps(
     """HPSv2 and 2.1: a fine-tuned CLIP-H. `path`: the .pt file, or a folder with it; `tokenizer`: a folder
     with CLIP's vocabulary, where the published one is not in the cache."""
     files = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}
+    version = str(version)  # the command line reads 2.1 as a number
     if version not in files:
         raise UserError(f"reward hps: got version {version!r}, {nearest(version, files)}")
     file = locate.model_file(path, HPS, files[version], "reward hps")
-    clip = clip_models.open_clip(file, vision_heads, text_heads)
+    heads = (("vision_heads", vision_heads), ("text_heads", text_heads))
+    clip = clip_models.open_clip(file, *(clip_models.whole(f"hps: {name}", n) for name, n in heads))
     own = (file.parent / "vocab.json").is_file() or (file.parent / "tokenizer.json").is_file()
     tokens = Path(tokenizer) if tokenizer else file.parent if own else published_tokenizer("hps")
     return aligned("hps", clip, tokens, dtype, PIPELINES["hps"], False, lambda _, cosine: cosine)

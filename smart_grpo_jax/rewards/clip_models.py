@@ -109,6 +109,13 @@ def open_clip(path: str | Path, vision_heads: int = 0, text_heads: int = 0) -> C
     return Clip(text, vision, reader, names.OPEN_VISION, names.OPEN_TEXT)
 
 
+def whole(field: str, value: float) -> int:
+    """An option that counts; the command line hands numbers over as floats."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or value % 1:
+        raise UserError(f"reward {field}: got {value!r}, wanted a whole number ≥ 0")
+    return int(value)
+
+
 def shape_of(reader: Reader, key: str, axes: int) -> tuple[int, ...]:
     """The shape of a tensor that must be there, with this many axes."""
     if key not in reader.keys():

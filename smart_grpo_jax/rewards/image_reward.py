@@ -29,7 +29,7 @@ from smart_grpo_jax.hub.wordpiece import load_wordpiece
 from smart_grpo_jax.models.blip import BLIP, BertConfig, BLIPConfig, ViTConfig
 from smart_grpo_jax.rewards import head
 from smart_grpo_jax.rewards.base import Reward
-from smart_grpo_jax.rewards.clip_models import count, shape_of
+from smart_grpo_jax.rewards.clip_models import count, shape_of, whole
 from smart_grpo_jax.rewards.preprocess import PIPELINES
 
 PUBLISHED, VOCABULARY = "THUDM/ImageReward", "google-bert/bert-base-uncased"
@@ -138,7 +138,8 @@ def build(
     resizes in one float pass; heads are given for sizes that were never published."""
     file = locate.model_file(path, PUBLISHED, FILE, "reward image_reward")
     kept = folder.compute_type(dtype)
-    loaded = load(file, kept, vision_heads, text_heads)
+    heads = (("vision_heads", vision_heads), ("text_heads", text_heads))
+    loaded = load(file, kept, *(whole(f"image_reward: {name}", n) for name, n in heads))
     return of(loaded, vocabulary(file.parent, tokenizer), kept, fast=fast, folded=folded)
 
 

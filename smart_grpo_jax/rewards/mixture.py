@@ -8,10 +8,11 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from smart_grpo_jax.core.config import Host
 from smart_grpo_jax.core.errors import UserError
 from smart_grpo_jax.core.schema import weight_of
 from smart_grpo_jax.core.types import PyTree, Scores
-from smart_grpo_jax.rewards import base
+from smart_grpo_jax.rewards import base, host
 
 
 def options_of(entry: Any) -> dict[str, Any]:
@@ -21,22 +22,45 @@ def options_of(entry: Any) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key != "weight"}
 
 
-def mixture(spec: Mapping[str, Any]) -> base.Reward:
+def outside(spec: Mapping[str, Any]) -> list[str]:
+    """The entries of a mixture that are not asked in the graph."""
+    return [name for name, entry in spec.items() if base.is_host(options_of(entry).get("kind") or name)]
+
+
+def greet(spec: Mapping[str, Any], limits: Host) -> None:
+    """UserError where a server of the mixture is not there."""
+    for name in outside(spec):
+        built(name, spec[name], limits)
+
+
+def built(name: str, entry: Any, limits: Host | None) -> base.Reward:
+    """The reward of one entry; what is wrong with it is said under the entry's own name, too."""
+    try:
+        return base.build(name, limits=limits, **options_of(entry))
+    except UserError as error:
+        if options_of(entry).get("kind", name) == name:
+            raise
+        raise UserError(f"{name}: {error}") from error
+
+
+def mixture(spec: Mapping[str, Any], limits: Host | None = None) -> base.Reward:
     """One reward from `{name: weight}` or `{name: {weight: w, **options}}`.
 
     value = Σ weight · value_i where every weighted summand is ok; a summand that failed makes the whole
     missing, never 0. A weight of 0 only logs. Parts: `name` is each summand's value before its weight,
-    `name/part` its own parts.
+    `name/part` its own parts. What is not in the graph adds its share of the sum through `host`.
     """
     weights = {name: weight_of(entry) for name, entry in spec.items()}
     if not any(weights.values()):
         raise UserError(
             f"rewards: got {dict(weights)}, want at least one reward with a weight (try shapes=1.0)"
         )
-    rewards = {name: base.build(name, **options_of(entry)) for name, entry in spec.items()}
+    every = {name: built(name, entry, limits) for name, entry in spec.items()}
+    hosts = {name: reward.host for name, reward in every.items() if reward.host is not None}
+    rewards = {name: reward for name, reward in every.items() if name not in hosts}
 
     def prepare(prompts: Sequence[str]) -> dict[str, PyTree]:
-        return {name: reward.prepare(prompts) for name, reward in rewards.items()}
+        return {name: reward.prepare(prompts) for name, reward in every.items()}
 
     def score(params: PyTree, images: Float[Array, "b H W 3"], ctx: PyTree, t: Array | None = None) -> Scores:
         value = jnp.zeros(images.shape[0], jnp.float32)
@@ -53,12 +77,12 @@ def mixture(spec: Mapping[str, Any]) -> base.Reward:
         return Scores(jnp.where(ok, value, jnp.nan), ok, parts)
 
     return base.Reward(
-        name="+".join(rewards),
-        params={name: reward.params for name, reward in rewards.items()},
+        name="+".join(every),
+        params={name: reward.params for name, reward in every.items()},
         prepare=prepare,
         score=score,
-        uses_prompt=any(reward.uses_prompt for reward in rewards.values()),
-        host=any(reward.host for reward in rewards.values()),
+        uses_prompt=any(reward.uses_prompt for reward in every.values()),
+        host=host.weighted(hosts, weights),
     )
 
 

@@ -11,6 +11,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from smart_grpo_jax.core.errors import UserError
+from smart_grpo_jax.core.types import PyTree
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -50,6 +51,29 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+REPLICATED_BYTES = 2 * 2**30
+"""Frozen parameters up to this size lie whole on every device; larger ones are spread over `fsdp`."""
+
+SMALL = 2**16
+"""Leaves of fewer numbers than this are never worth a gather."""
+
+
+def at_rest(mesh: Mesh, params: PyTree, limit: int = REPLICATED_BYTES) -> PyTree:
+    """Where the leaves of frozen parameters lie: replicated, or spread over `fsdp` along their longest axis
+    that divides (the compiler gathers them where they are used)."""
+    ways = mesh.shape["fsdp"]
+    whole = ways == 1 or sum(a.nbytes for a in jax.tree.leaves(params)) <= limit
+
+    def lie(a: jax.Array) -> NamedSharding:
+        fits = [axis for axis, size in enumerate(a.shape) if size % ways == 0]
+        if whole or a.size < SMALL or not fits:
+            return replicated(mesh)
+        longest = max(fits, key=lambda axis: a.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*[None] * longest, "fsdp"))
+
+    return jax.tree.map(lie, params)
 
 
 def pad_groups(groups: int, members: int, mesh: Mesh) -> int:

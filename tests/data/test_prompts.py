@@ -1,7 +1,3 @@
-import json
-import sys
-import types
-
 import numpy as np
 import pytest
 
@@ -19,38 +15,7 @@ def write(tmp_path, content, name="prompts.txt"):
 def test_a_file_has_one_prompt_per_line(tmp_path):
     found = prompts.load(write(tmp_path, "a cat\n\n  a   dog \r\na cat\nnaïve café\n"))
     assert found.prompts == ("a cat", "a dog", "naïve café")
-    assert found.skipped == 2 and not found.balanced
-
-
-def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
-    assert prompts.load(write(tmp_path, b"\xef\xbb\xbfa cat\n")).prompts == ("a cat",)
-
-
-def test_control_characters_are_left_out(tmp_path):
-    found = prompts.load(write(tmp_path, "a cat\na \x1b[31mred dog\nbell\x07\n"))
-    assert found.prompts == ("a cat",) and found.skipped == 2
-
-
-def test_json_lines_have_a_prompt(tmp_path):
-    lines = "\n".join(json.dumps({"prompt": text, "tag": 1}) for text in ("a cat", "a dog"))
-    assert prompts.load(write(tmp_path, lines + "\n\n", "p.jsonl")).prompts == ("a cat", "a dog")
-
-
-@pytest.mark.parametrize("line", ["a cat", '{"text": "a cat"}', "[1]", '{"prompt": '])
-def test_a_json_line_without_a_prompt_is_named(tmp_path, line):
-    with pytest.raises(UserError, match=r"p\.jsonl line 2 is no JSON object"):
-        prompts.load(write(tmp_path, '{"prompt": "x"}\n' + line, "p.jsonl"))
-
-
-@pytest.mark.parametrize("content", ["", "\n \n", "\x00\n"])
-def test_a_file_without_a_prompt_is_a_mistake(tmp_path, content):
-    with pytest.raises(UserError, match="holds no prompt"):
-        prompts.load(write(tmp_path, content))
-
-
-def test_a_file_in_another_encoding_is_a_mistake(tmp_path):
-    with pytest.raises(UserError, match=r"is not UTF-8 \(byte 2\)"):
-        prompts.load(write(tmp_path, b"ab\xff"))
+    assert (found.skipped, found.repeats) == (0, 1) and not found.balanced
 
 
 def test_a_missing_file_is_found_before_it_is_read(tmp_path):
@@ -80,25 +45,9 @@ def test_an_unknown_split_names_the_nearest():
         prompts.load("shapes:trian")
 
 
-def test_a_data_set_is_read_without_tensorflow(monkeypatch):
-    rows = [{"caption": b"a cat"}, {"caption": "a dog"}, {"caption": b"a cat"}]
-    asked = {}
-
-    def data_source(name, split):
-        asked.update(name=name, split=split)
-        return rows
-
-    fake = types.ModuleType("tensorflow_datasets")
-    fake.data_source = data_source
-    monkeypatch.setitem(sys.modules, "tensorflow_datasets", fake)
-    found = prompts.load("tfds:coco:train:caption")
-    assert asked == {"name": "coco", "split": "train"}
-    assert found.prompts == ("a cat", "a dog") and found.skipped == 1
-
-
 def test_the_fingerprint_follows_the_prompts_and_their_order():
     one, other, same = (prompts.PromptSet("s", p).sha for p in (("a", "b"), ("b", "a"), ("a", "b")))
-    assert one == same != other and len(one) == 8
+    assert one == same != other and len(one) == 16
 
 
 def test_the_draw_follows_from_seed_and_epoch_alone():
@@ -154,3 +103,14 @@ def test_ids_of_prompts_are_their_own():
     world = prompts.load("shapes:train").prompts
     assert len({prompts.prompt_id(text) for text in set(world)}) == len(set(world))
     assert all(0 <= prompts.prompt_id(text) < 2**31 for text in world[:100])
+
+
+def test_over_long_prompts_are_counted_in_batches():
+    asked = []
+
+    def truncated(texts):
+        asked.append(len(texts))
+        return sum(len(text) > 3 for text in texts)
+
+    assert prompts.over_long(["a", "long", "longer"] * 500, truncated, batch=400) == 1000
+    assert asked == [400, 400, 400, 300]

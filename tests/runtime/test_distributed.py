@@ -44,6 +44,52 @@ def test_slurm_counts_only_inside_a_step_of_several_tasks():
     assert not distributed.in_slurm_step({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"})
 
 
+@pytest.mark.parametrize(
+    ("tasks", "nodes", "local", "visible", "more", "devices"),
+    [
+        (8, 2, 3, "0,1,2,3", {}, [3]),
+        (2, 2, 0, "0,1,2,3", {}, [0, 1, 2, 3]),
+        (4, 2, 1, "0,1,2,3", {}, [2, 3]),
+        (8, 2, 3, "0", {}, [0]),
+        (4, 2, 1, "0,1", {"SLURM_GPUS_PER_TASK": "2"}, [0, 1]),
+        (8, 2, 3, "", {}, None),
+        (8, 2, 3, "0,1,2,3", {"JAX_LOCAL_DEVICE_IDS": "1"}, None),
+    ],
+    ids=["one each", "one task per node", "two each", "bound to one", "bound to two", "no gpu", "said"],
+)
+def test_a_slurm_task_takes_its_share_of_the_gpus(tasks, nodes, local, visible, more, devices):
+    env = {"SLURM_NTASKS": str(tasks), "SLURM_STEP_NUM_NODES": str(nodes), "SLURM_LOCALID": str(local)}
+    assert distributed.slurm_devices(env | {"CUDA_VISIBLE_DEVICES": visible} | more) == devices
+
+
+def test_gpus_that_cannot_be_shared_evenly_are_refused():
+    env = {"SLURM_NTASKS": "3", "SLURM_LOCALID": "0", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+    with pytest.raises(UserError, match="got 3 tasks for the 4 GPUs"):
+        distributed.slurm_devices(env)
+
+
+def test_tpu_hosts_of_all_slices_are_counted():
+    assert distributed.tpu_hosts({"TPU_WORKER_HOSTNAMES": "a,b", "MEGASCALE_NUM_SLICES": "3"}) == 6
+    assert distributed.tpu_hosts({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}) == 2
+    assert distributed.tpu_hosts({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "tpu,cpu"}) == 2
+    assert distributed.tpu_hosts({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "cpu"}) == 1
+
+
+def test_a_tpu_vm_asks_the_metadata_server_for_hosts_and_slices(monkeypatch):
+    answers = {
+        "worker-network-endpoints": "unknown:unknown:10.0.0.2,unknown:unknown:10.0.0.3",
+        "tpu-env": "ACCELERATOR_TYPE: 'v5litepod-16'\nMEGASCALE_NUM_SLICES: '2'\nZONE: 'z'",
+    }
+    monkeypatch.setattr(distributed.os.path, "exists", lambda path: path == "/dev/vfio/0")
+    monkeypatch.setattr(distributed, "metadata", lambda attribute: answers[attribute])
+    assert distributed.tpu_hosts({}) == 4
+    answers["tpu-env"] = ""
+    assert distributed.tpu_hosts({}) == 2
+    assert distributed.tpu_hosts({"TPU_SKIP_MDS_QUERY": "1"}) == 1
+    answers["worker-network-endpoints"] = ""
+    assert distributed.tpu_hosts({}) == 1
+
+
 def test_tpu_hosts_are_counted_from_their_names():
     assert distributed.tpu_hosts({"TPU_WORKER_HOSTNAMES": "a,b,c"}) == 3
     assert distributed.tpu_hosts({"TPU_WORKER_HOSTNAMES": "localhost"}) == 1

@@ -61,3 +61,18 @@ def test_shardings_split_the_batch_and_nothing_else():
 def test_the_summary_names_the_devices():
     text = meshes.local_devices_summary()
     assert text.startswith(f"{jax.local_device_count()} × {jax.devices()[0].device_kind}")
+
+
+def test_large_frozen_parameters_are_spread_over_fsdp_along_an_axis_that_divides():
+    mesh = meshes.make_mesh(0, COUNT, 1)
+    wide, odd = jnp.zeros((300, 256 * COUNT)), jnp.zeros((257, 263))
+    tree = {"table": wide, "odd": odd, "bias": jnp.zeros(4 * COUNT)}
+    lie = meshes.at_rest(mesh, tree, limit=0)
+    wanted = PartitionSpec(None, "fsdp") if COUNT > 1 else PartitionSpec()
+    assert lie["table"].spec == wanted
+    assert lie["bias"].spec == PartitionSpec()
+    assert lie["odd"].spec == PartitionSpec() or 257 % COUNT == 0 or 263 % COUNT == 0
+    placed = jax.device_put(tree, lie)
+    assert placed["table"].addressable_shards[0].data.shape == (300, 256)
+    everywhere = meshes.at_rest(mesh, tree)
+    assert all(sharding.is_fully_replicated for sharding in jax.tree.leaves(everywhere))
