@@ -65,6 +65,7 @@ check_slice() {
   one_of SPOT true false
   whole SLICES
   whole RESTARTS
+  case $RUN_AS in '' | *[!0-9]*) refuse "RUN_AS: got $RUN_AS, wanted the number of a user" ;; esac
   local axes=2 rest=$TOPOLOGY axis total=1 count=0
   case $GENERATION in
     v4) ACCELERATOR=tpu-v4-podslice axes=3 ;;

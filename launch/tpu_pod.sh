@@ -193,8 +193,10 @@ install() {
   folder=/tmp
   # What git knows or does not ignore, as it lies here; a file that was deleted but not committed is left out.
   if [ -z "$DRY_RUN" ]; then
+    git -C "$HERE/.." rev-parse --git-dir >/dev/null 2>&1 ||
+      refuse "REPO: is not set and this is no git checkout, wanted e.g. REPO=https://host/you/smart-grpo-jax.git"
     folder=$(mktemp -d)
-    (cd "$HERE/.." && git ls-files -co --exclude-standard -z | while IFS= read -r -d '' file; do
+    (set -o pipefail && cd "$HERE/.." && git ls-files -co --exclude-standard -z | while IFS= read -r -d '' file; do
       [ ! -e "$file" ] || printf '%s\0' "$file"
     done | COPYFILE_DISABLE=1 tar --null -czf "$folder/$archive" -T -)
   fi

@@ -44,7 +44,10 @@ class Adapter:
 class Prompts:
     """What is drawn in an epoch: `groups` prompts, `members` images of each."""
 
-    source: str = option("shapes:train", "`shapes:train`, or a text file with one prompt per line")
+    source: str = option(
+        "shapes:train", "`shapes:train`, `geneval:train`, `tfds:NAME:SPLIT:FIELD`, a text file or JSONL"
+    )
+    strict: bool = option(False, "refuse a prompt file with a bad line; else bad lines are skipped, aloud")
     groups: int = option(48, "prompts per epoch", low=1)
     members: int = option(24, "images per prompt", low=2)
     negative: str = option("", "negative prompt of guidance")
@@ -195,7 +198,10 @@ class Eval:
     """Evaluation of the bare policy: ODE, EMA weights, fixed noise per prompt and seed."""
 
     every: int = option(10, "epochs between evaluations; 0: only first and last", low=0)
-    source: str = option("shapes:heldout", "prompts: `shapes:heldout`, `shapes:combinations`, or a file")
+    source: str = option(
+        "shapes:heldout",
+        "prompts: `shapes:heldout`, `shapes:combinations`, `geneval:eval`, a file …",
+    )
     prompts: int = option(240, "number of prompts; 0: all", low=0)
     seeds: int = option(1, "images per prompt", low=1)
     weights: str = option("ema", "weights that are evaluated", choices=("ema", "raw"))

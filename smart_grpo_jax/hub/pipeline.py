@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from smart_grpo_jax.core.errors import UserError
-from smart_grpo_jax.core.types import Conditioning, DecodeFn, PyTree, VelocityFn
+from smart_grpo_jax.core.types import Conditioning, DecodeFn, PyTree, VelocityFn, negative_of
 from smart_grpo_jax.hub import adapters, folder, functions, tables, weights
 from smart_grpo_jax.hub.families import NETWORKS, Family
 from smart_grpo_jax.hub.folder import Layout
@@ -164,7 +164,8 @@ class Pipeline:
         negative: str | None = None,
         size: Size | None = None,
     ) -> Float[Array, "b H W 3"]:
-        """Images of the prompts. Noise: `latents`, or drawn from `key` (default: key 0)."""
+        """Images of the prompts. Noise: `latents`, or drawn from `key` (default: key 0). A `Prompt` with its
+        own negative prompt is led away from that."""
         if latents is None:
             key = jax.random.key(0) if key is None else key
             latents = jax.random.normal(key, (len(prompts), *self.latent_shape(size)))
@@ -172,12 +173,16 @@ class Pipeline:
             size = (latents.shape[1] * self.vae.factor, latents.shape[2] * self.vae.factor)
         if len(latents) != len(prompts):
             raise UserError(f"sample: got {len(latents)} latents for {len(prompts)} prompts")
-        self.check_negative(negative or "")
+        negatives = list(dict.fromkeys(negative_of(prompt, negative or "") for prompt in prompts))
+        for text in negatives:
+            self.check_negative(text)
         kind = "doubled" if self.calls(guidance) == 2 else "none"
         kind = "embedded" if self.transformer.embeds_guidance else kind
         policy = {"params": self.params["transformer"], "guidance": jnp.float32(guidance)}
         if kind == "doubled":
-            policy["negative"] = self.encode([negative or ""], compact=True)
+            if len(negatives) > 1:
+                negatives = [negative_of(prompt, negative or "") for prompt in prompts]
+            policy["negative"] = self.encode(negatives, compact=True)
         return functions.run_sampler(
             functions.sampling_policy(self.velocity_fn(), kind),
             self.decode_fn(),

@@ -22,18 +22,18 @@ from smart_grpo_jax.core import schema
 from smart_grpo_jax.core.config import Config, searched_steps
 from smart_grpo_jax.core.contradictions import MOVING
 from smart_grpo_jax.core.errors import UserError
-from smart_grpo_jax.core.types import Conditioning, PyTree, Scores, TrainState
+from smart_grpo_jax.core.types import Conditioning, PyTree, TrainState
 from smart_grpo_jax.data import prompts as prompt_data
 from smart_grpo_jax.data.embeddings import Embeddings
 from smart_grpo_jax.hub import adapters, sharding
 from smart_grpo_jax.hub import pipeline as hub
 from smart_grpo_jax.hub.functions import RawVelocity
-from smart_grpo_jax.jobs import embed, traced
+from smart_grpo_jax.jobs import embed, judges, traced
 from smart_grpo_jax.maths import rng, schedule
 from smart_grpo_jax.models import lora
 from smart_grpo_jax.policy import credit, rollout, update
-from smart_grpo_jax.rewards import base, host, mixture
-from smart_grpo_jax.runtime.mesh import at_rest, make_mesh, pad_groups, replicated
+from smart_grpo_jax.rewards import base, mixture
+from smart_grpo_jax.runtime.mesh import make_mesh, pad_groups, replicated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,13 +97,14 @@ def assemble(
     replaces the prompts of an evaluation; the adapters of `lora` are folded into the base; without
     `training` the prompts of the epochs are left out.
     """
-    for table in (config.rewards, config.eval_rewards):
-        mixture.greet(table, config.host)  # a server that is not there is known before weights are read
+    judges.greet(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     everywhere = replicated(mesh)
-    prompts = prompt_data.load(config.prompts.source)
+    strict = config.prompts.strict
+    prompts = prompt_data.load(config.prompts.source, strict)
     if items is None:
-        items = prompt_data.evaluation_items(prompt_data.load(config.eval.source), config.eval.prompts)
+        held_out = prompt_data.load(config.eval.source, strict, field="eval.source")
+        items = prompt_data.evaluation_items(held_out, config.eval.prompts)
     epochs = config.train.epochs if training else 0
     embeddings = embed.embed(config, prompts, [item.text for item in items], epochs)
     pipe = hub.load_pipeline(
@@ -116,18 +117,15 @@ def assemble(
         layout=sharding.layout(mesh),
     )
     pipe.check_negative(config.prompts.negative)
-    reward = placed(mesh, mixture.mixture(config.rewards, config.host))
-    search_reward = reward
-    if config.search_reward:
-        search_reward = placed(mesh, mixture.mixture(config.search_reward, config.host))
+    judged = judges.assemble(config, mesh)
     velocity = raw_velocity(config, pipe)
-    fns, policy = functions(config, pipe, velocity, reward, search_reward, mesh)
+    fns, policy = functions(config, pipe, velocity, judged, mesh)
     times = time_grid(config, pipe, config.sampler.steps)
     frozen = {
         "params": pipe.params["transformer"],
         "negative": embeddings.rows([config.prompts.negative]),
     }
-    fixed = {"decoder": pipe.params["vae"], "reward": reward.params, "search_reward": search_reward.params}
+    rewards = {"reward": judged.training.params, "search_reward": judged.search.params}
     return Run(
         config=config,
         mesh=mesh,
@@ -136,11 +134,11 @@ def assemble(
         velocity=velocity,
         prompts=prompts,
         eval_items=list(items),
-        reward=reward,
-        search_reward=search_reward,
-        eval_reward=placed(mesh, joined(config, reward)),
+        reward=judged.training,
+        search_reward=judged.search,
+        eval_reward=judged.evaluation,
         frozen=jax.device_put(frozen, everywhere),
-        fixed=fixed,
+        fixed={"decoder": pipe.params["vae"], **rewards},
         fns=fns,
         policy=policy,
         recipe=recipe(config),
@@ -179,8 +177,7 @@ def functions(
     config: Config,
     pipe: hub.Pipeline,
     velocity: RawVelocity,
-    reward: base.Reward,
-    search_reward: base.Reward,
+    judged: judges.Judges,
     mesh: Mesh,
 ) -> tuple[rollout.Functions, update.Policy]:
     """Velocities with their guidance, decoder and rewards as pure functions."""
@@ -198,8 +195,8 @@ def functions(
         velocity=guided,
         search_velocity=pipe.guided(velocity, in_search),
         decode=pipe.decode_fn(),
-        score=reward.score,
-        search_score=search_reward.score,
+        score=judged.training.score,
+        search_score=judged.search.score,
         prefer=mixture.prefer(config.search_reward or config.rewards, config.search.combine),
         constrain=constrain,
     )
@@ -292,35 +289,6 @@ def rollout_shape(config: Config, pipe: hub.Pipeline, times: np.ndarray) -> roll
         reward_chunk=config.memory.reward,
         same_latent=config.prompts.same_latent,
     )
-
-
-def joined(config: Config, reward: base.Reward) -> base.Reward:
-    """The training reward with more parts beside it: evaluation's view. Its value stays the training one."""
-    # only the parts are looked at, and those are before the weights; a server is not asked twice
-    asked = mixture.outside(config.rewards)
-    extra = {k: mixture.options_of(v) for k, v in config.eval_rewards.items() if k not in asked}
-    if not extra:
-        return reward
-    held = mixture.mixture({k: {**options, "weight": 1.0} for k, options in extra.items()}, config.host)
-
-    def score(params: PyTree, images: Any, ctx: PyTree, t: Any = None) -> Scores:
-        value = reward.score(params[0], images, ctx[0], t)
-        more = held.score(params[1], images, ctx[1], t)
-        return Scores(value.value, value.ok, {**more.parts, **value.parts})
-
-    return base.Reward(
-        name="evaluation",
-        params=(reward.params, held.params),
-        prepare=lambda texts: (reward.prepare(texts), held.prepare(texts)),
-        score=score,
-        uses_prompt=True,
-        host=host.beside(reward.host, held.host),
-    )
-
-
-def placed(mesh: Mesh, reward: base.Reward) -> base.Reward:
-    """The reward with its parameters where they rest on the mesh."""
-    return dataclasses.replace(reward, params=jax.device_put(reward.params, at_rest(mesh, reward.params)))
 
 
 def groups_per_call(run: Run, groups: int, members: int, chunk: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int
 
 from smart_grpo_jax.core.config import Config
 from smart_grpo_jax.core.errors import RewardError, UserError
@@ -44,6 +44,26 @@ class Verdict(NamedTuple):
     detail: str
 
 
+def before_training(
+    config: Config, reward: base.Reward, search_reward: base.Reward, prompts: Sequence[str]
+) -> None:
+    """RewardError where a reward that this run learns or searches from is constant, prompt-blind or NaN."""
+    images, texts = probes(*image_size(config), prompts)
+    refuse(quick(config.rewards, reward, images, texts))
+    if config.search_reward:
+        refuse(quick(config.search_reward, search_reward, images, texts))
+
+
+class Seen(NamedTuple):
+    """Scores of the same images with their own prompts, with their neighbours', all with the first one, and
+    whether the reward is told the prompt at all."""
+
+    own: Float[np.ndarray, " n"]
+    others: Float[np.ndarray, " n"]
+    first: Float[np.ndarray, " n"]
+    listens: bool
+
+
 def quick(
     spec: Mapping[str, Any],
     reward: base.Reward,
@@ -52,22 +72,33 @@ def quick(
 ) -> list[Verdict]:
     """A verdict on every weighted reward of a mixture that is in the graph; three calls of one program.
 
-    `images` differ, and `prompts` belong to them one by one. Each reward sees: every image with its prompt,
-    with its neighbour's, and all images with the first prompt.
+    `images` differ, and `prompts` belong to them one by one (`probes`).
     """
-    turned = [*prompts[1:], prompts[0]]
+    seen = look(spec, reward, images, prompts)
+    return [judged(name, *seen[name]) for name in seen if weight_of(spec[name])]
+
+
+def look(
+    spec: Mapping[str, Any],
+    reward: base.Reward,
+    images: Float[np.ndarray, "n H W 3"],
+    prompts: Sequence[str],
+) -> dict[str, Seen]:
+    """What each reward of a mixture says of the images."""
     score = jax.jit(lambda params, images, ctx: reward.score(params, images, ctx, None).parts)
-    seen = []
-    for texts in (prompts, turned, [prompts[0]] * len(prompts)):
-        parts = score(reward.params, images, reward.prepare(texts))
-        seen.append({name: np.asarray(parts[name], np.float64) for name in spec if name in parts})
-    listening = reward.prepare(prompts)
+    own = reward.prepare(prompts)
+    turned = reward.prepare([*prompts[1:], prompts[0]])
+    first = reward.prepare([prompts[0]] * len(prompts))
+    parts = [score(reward.params, images, ctx) for ctx in (own, turned, first)]
     differ = len(set(map(str, prompts))) > 1
-    return [
-        judged(name, *(one[name] for one in seen), listens=differ and bool(jax.tree.leaves(listening[name])))
-        for name in seen[0]
-        if weight_of(spec[name])
-    ]
+    return {
+        name: Seen(
+            *(np.asarray(one[name], np.float64) for one in parts),
+            listens=differ and bool(jax.tree.leaves(own[name])),
+        )
+        for name in spec
+        if name in parts[0]
+    }
 
 
 def judged(
@@ -105,13 +136,21 @@ def probes(height: int, width: int, prompts: Sequence[str]) -> tuple[Float[np.nd
     At the shapes world's size its own prompts get pictures that show them: a strict judge gives 0 to any
     other. Elsewhere: noise, blurred noise, ramps, stripes and flat colours.
     """
-    texts = list(dict.fromkeys(map(str, prompts)))[:PROBES] or ["a photo"]
-    texts = [texts[i % len(texts)] for i in range(PROBES)]
+    found: dict[str, str] = {}
+    for prompt in prompts:
+        found.setdefault(str(prompt), prompt)  # the prompt itself: it may carry metadata
+        if len(found) == PROBES:
+            break
+    texts = [list(found.values() or ["a photo"])[i % max(1, len(found))] for i in range(PROBES)]
     if (height, width) == (SIZE, SIZE) and in_the_world(texts):
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            scene = sample_scene(jax.random.key(0), jnp.asarray(grammar.encode(texts)))
-            return np.asarray(render(scene)), texts
+        return np.asarray(shown(grammar.encode(texts))), texts
     return varied(height, width), texts
+
+
+@jax.jit
+def shown(spec: Int[Array, "n 7"]) -> Float[Array, "n 24 24 3"]:
+    """One picture for each prompt of the shapes world."""
+    return render(sample_scene(jax.random.key(0), spec))
 
 
 def in_the_world(texts: Sequence[str]) -> bool:
@@ -224,14 +263,15 @@ def fit(
 ) -> list[Row]:
     """One reward of the run on the probes, and what bfloat16 would cost it."""
     options = mixture.options_of(entry)
-    reward = base.build(name, limits=config.host, **options)
+    alone = {name: options | {"weight": 1.0}}
+    reward = mixture.mixture(alone, config.host)
     if reward.host is not None:
         return [(name, f"{len(images)} probes", *outside(reward, images, prompts))]
-    alone = {name: options | {"weight": 1.0}}
-    verdicts = quick(alone, mixture.mixture(alone, config.host), images, prompts)
-    rows = [(name, f"{len(images)} probes", found.state, found.detail) for found in verdicts]
-    if jax.tree.leaves(reward.params) and all(found.state == "ok" for found in verdicts):
-        rows.append((name, "bfloat16", "ok", drift(name, options, images, prompts[0])))
+    seen = look(alone, reward, images, prompts)[name]
+    verdict = judged(name, *seen)
+    rows = [(name, f"{len(images)} probes", verdict.state, verdict.detail)]
+    if jax.tree.leaves(reward.params) and verdict.state == "ok":
+        rows.append((name, "bfloat16", "ok", drift(name, options, images, prompts[0], seen.first)))
     return rows
 
 
@@ -247,13 +287,18 @@ def outside(
     return "ok", f"{found.value.min():.4g} … {found.value.max():.4g}"
 
 
-def drift(name: str, options: Mapping[str, Any], images: Float[np.ndarray, "n H W 3"], prompt: str) -> str:
+def drift(
+    name: str,
+    options: Mapping[str, Any],
+    images: Float[np.ndarray, "n H W 3"],
+    prompt: str,
+    scores: Float[np.ndarray, " n"],
+) -> str:
     """RMS of (bfloat16 - float32) against the spread of the images of one prompt, each without its mean:
-    what every image of a group gains, no advantage sees."""
-    values = []
-    for dtype in ("float32", "bfloat16"):
-        score = base.load_reward(name, **{**options, "dtype": dtype})
-        values.append(score(jnp.asarray(images), [prompt] * len(images)).astype(np.float64))
-    full, narrow = (value - value.mean() for value in values)
+    what every image of a group gains, no advantage sees. `scores` are those of the dtype in `options`."""
+    wide = options.get("dtype", "float32") == "float32"
+    other = base.load_reward(name, **{**options, "dtype": "bfloat16" if wide else "float32"})
+    values = scores, other(jnp.asarray(images), [prompt] * len(images)).astype(np.float64)
+    full, narrow = (value - value.mean() for value in (values if wide else values[::-1]))
     share = float(np.sqrt(np.mean((narrow - full) ** 2)) / full.std())
     return f"drifts by {share:.2%} of the spread ({full.std():.3g}) of {len(images)} images of one prompt"

@@ -19,7 +19,7 @@ from PIL import Image, PngImagePlugin
 
 from smart_grpo_jax.core.config import Config
 from smart_grpo_jax.core.errors import UserError
-from smart_grpo_jax.core.types import PyTree
+from smart_grpo_jax.core.types import PyTree, negative_of
 from smart_grpo_jax.data import prompts as prompt_data
 from smart_grpo_jax.jobs import assemble, evaluate, measured_window, record
 from smart_grpo_jax.jobs.assemble import Run
@@ -91,6 +91,7 @@ def job(config: Config, workdir: str, wanted: Wanted) -> None:
             for i, (text, image) in enumerate(zip(prompts, result.images, strict=True)):
                 name = f"{i:03d}_{noise}" + (f"_seed{seed}" if wanted.seeds > 1 else "")
                 facts = {"prompt": text, "weights": source, "noise": noise, "seed": seed}
+                facts["negative"] = negative_of(text, config.prompts.negative)
                 write_atomic(folder / f"{name}.png", with_text(image, facts, config))
     pictures = np.concatenate([result.images for results in rows.values() for result in results])
     lines = len(pictures) // len(prompts)
@@ -165,7 +166,6 @@ def with_text(image: np.ndarray, facts: dict[str, object], config: Config) -> by
     parameters = {
         **facts,
         "model": config.model.path,
-        "negative": config.prompts.negative,
         "steps": config.sampler.eval_steps,
         "guidance": config.sampler.eval_guidance,
         "size": f"{image.shape[0]}x{image.shape[1]}",

@@ -182,7 +182,8 @@ def search(
         preference = jnp.where(jnp.isfinite(preference), preference, -jnp.inf)
         mu, sigma, order = refit(m, preference, mu, sigma, settings)
         first = order[0]
-        level = jnp.where(settings.greedy & jnp.isfinite(preference[first]), rewards[first], preference[first])
+        known = settings.greedy & jnp.isfinite(preference[first])
+        level = jnp.where(known, rewards[first], preference[first])
         best = _better(best, (level, rewards[first], m[first]))
         fitted = jnp.isfinite(preference).sum() >= settings.elite
         return (mu, sigma, best), (rewards, order, fitted, m if settings.keep_candidates else None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -43,7 +43,11 @@ def built(name: str, entry: Any, limits: Host | None) -> base.Reward:
         raise UserError(f"{name}: {error}") from error
 
 
-def mixture(spec: Mapping[str, Any], limits: Host | None = None) -> base.Reward:
+Make: TypeAlias = Callable[[str, Any, Host | None], base.Reward]
+"""The reward of an entry: `built`, or something that builds equal entries once."""
+
+
+def mixture(spec: Mapping[str, Any], limits: Host | None = None, make: Make = built) -> base.Reward:
     """One reward from `{name: weight}` or `{name: {weight: w, **options}}`.
 
     value = Σ weight · value_i where every weighted summand is ok; a summand that failed makes the whole
@@ -55,7 +59,7 @@ def mixture(spec: Mapping[str, Any], limits: Host | None = None) -> base.Reward:
         raise UserError(
             f"rewards: got {dict(weights)}, want at least one reward with a weight (try shapes=1.0)"
         )
-    every = {name: built(name, entry, limits) for name, entry in spec.items()}
+    every = {name: make(name, entry, limits) for name, entry in spec.items()}
     hosts = {name: reward.host for name, reward in every.items() if reward.host is not None}
     rewards = {name: reward for name, reward in every.items() if name not in hosts}
 

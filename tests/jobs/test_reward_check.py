@@ -12,7 +12,7 @@ from PIL import Image
 
 from smart_grpo_jax.core import config as configs
 from smart_grpo_jax.core.errors import RewardError, UserError
-from smart_grpo_jax.core.types import Scores
+from smart_grpo_jax.core.types import Prompt, Scores, metadata_of
 from smart_grpo_jax.jobs import reward_check, reward_examples
 from smart_grpo_jax.rewards import base, mixture
 from smart_grpo_jax.worlds.shapes import grammar
@@ -80,6 +80,25 @@ def test_the_rewards_of_the_package_pass_at_their_sizes(size):
     images, prompts = reward_check.probes(size, size, texts)
     found = reward_check.quick(spec, mixture.mixture(spec), images, prompts)
     assert {v.reward: v.state for v in found} == dict.fromkeys(spec, "ok")
+
+
+def test_training_begins_with_good_rewards_and_not_with_a_search_that_nothing_moves():
+    config = small_config(shapes=1.0)
+    reward = mixture.mixture(config.rewards)
+    reward_check.before_training(config, reward, reward, TEXTS)
+    searched = dataclasses.replace(config, search_reward={"nothing": 1.0})
+    score = lambda params, images, ctx, t=None: Scores(
+        jnp.zeros(len(images)), jnp.ones(len(images), bool), {"nothing": jnp.zeros(len(images))}
+    )
+    nothing = base.Reward("nothing", {}, lambda prompts: {"nothing": ()}, score, uses_prompt=False)
+    with pytest.raises(RewardError, match=r"rewards.nothing: is constant \(0 for 8 different images"):
+        reward_check.before_training(searched, reward, nothing, TEXTS)
+
+
+def test_probes_keep_what_a_prompt_carries():
+    given = [Prompt(f"a dog {i}", {"tag": i}) for i in range(3)]
+    _, prompts = reward_check.probes(32, 32, [given[0], *given])
+    assert [metadata_of(prompt)["tag"] for prompt in prompts] == [0, 1, 2, 0, 1, 2, 0, 1]
 
 
 def test_a_reward_that_is_only_logged_is_not_looked_at():
@@ -221,6 +240,30 @@ def test_check_ends_with_5_where_a_configured_reward_is_blind(monkeypatch):
     monkeypatch.setattr(base, "builder", lambda name: build if name == "shapes" else original(name))
     with pytest.raises(RewardError, match="shapes is prompt-blind"):
         reward_check.job(small_config(), "")
+
+
+HOST_REWARDS = """
+from smart_grpo_jax import host_reward
+
+@host_reward(batch=8, timeout=10, workers=1)
+def nothing_found(images, prompts, metadata):
+    return [0.0] * len(images)
+
+@host_reward(batch=8, timeout=10, workers=1)
+def broken(images, prompts, metadata):
+    raise ValueError("no such detector")
+"""
+
+
+@pytest.mark.usefixtures("few_fixtures")
+def test_a_host_function_must_answer_but_may_say_zero(monkeypatch, tmp_path, capsys):
+    (tmp_path / "checked_host_rewards.py").write_text(HOST_REWARDS)
+    monkeypatch.syspath_prepend(tmp_path)
+    reward_check.job(small_config(**{"checked_host_rewards:nothing_found": 1.0}), "")
+    assert "0 … 0" in capsys.readouterr().out
+    with pytest.raises(RewardError, match="checked_host_rewards:broken is failed"):
+        reward_check.job(small_config(**{"checked_host_rewards:broken": 1.0}), "")
+    assert "no such detector" in capsys.readouterr().out
 
 
 def test_a_look_compiles_one_program():

@@ -149,6 +149,7 @@ def test_the_other_commands_print_the_very_calls(machine, command):
         ({"CHIPS": "3"}, "CHIPS: got 3"),
         ({"BUCKET": "bucket"}, "BUCKET: got bucket"),
         ({"SPOT": "maybe"}, "SPOT: got maybe"),
+        ({"RUN_AS": "root"}, "RUN_AS: got root"),
         ({"SLICES": "none"}, "SLICES: got none"),
     ],
 )

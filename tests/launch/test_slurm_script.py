@@ -1,4 +1,7 @@
 import shlex
+import signal
+import subprocess
+import time
 
 import pytest
 from fake_commands import LAUNCH, Machine
@@ -18,7 +21,7 @@ INSIDE = {
 
 @pytest.fixture
 def machine(tmp_path):
-    made = Machine(tmp_path, "srun", "scontrol", "squeue", "python")
+    made = Machine(tmp_path, "srun", "scontrol", "scancel", "squeue", "python")
     made.answer((["squeue"], "RUNNING", 0))
     return made
 
@@ -74,6 +77,28 @@ def test_the_job_requeues_itself_after_75_and_signals_unless_cancelled(machine, 
     assert asked(machine, "scontrol") == [["scontrol", "requeue", "7"]] * requeued
 
 
+@pytest.mark.parametrize(("state", "told"), [("RUNNING", True), ("COMPLETING", False)])
+def test_near_its_end_the_job_tells_the_processes_and_requeues(machine, tmp_path, state, told):
+    machine.answer((["squeue"], state, 0))
+    # The processes save and end with 0 once scancel has told them, or by themselves where it did not.
+    (machine.bin / "srun").write_text(
+        f"#!/bin/sh\ntouch {tmp_path}/ready\ni=0\n"
+        f"while ! grep -q scancel {machine.log} 2>/dev/null && [ $i -lt 20 ]; do\n"
+        "i=$((i+1)); sleep 0.1; done\n"
+    )
+    command = ["bash", str(LAUNCH / "slurm.sbatch"), *SPEECH]
+    script = subprocess.Popen(command, env=machine.env(**INSIDE), stdout=subprocess.PIPE, text=True)
+    until = time.monotonic() + 30
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    script.send_signal(signal.SIGTERM)
+    script.communicate(timeout=30)
+    assert script.returncode == 0
+    assert asked(machine, "scancel") == [["scancel", "--signal=TERM", "7"]] * told
+    assert asked(machine, "scontrol") == [["scontrol", "requeue", "7"]] * told
+
+
 def test_the_setup_file_is_read_first(machine, tmp_path):
     setup = tmp_path / "activate"
     setup.write_text("PYTHON=changed; export MARK=1\necho sourced\n")
@@ -101,5 +126,5 @@ def test_mistakes_are_one_line_and_start_nothing(machine, words, settings, says)
 def test_sbatch_is_told_to_warn_before_the_end_and_to_keep_the_log():
     lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
     directives = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")]
-    assert {"--signal=TERM@120", "--requeue", "--open-mode=append"} <= set(directives)
+    assert {"--signal=B:TERM@120", "--requeue", "--open-mode=append"} <= set(directives)
     assert lines[1 : 1 + len(directives)] == [f"#SBATCH {d}" for d in directives], "sbatch reads only the top"

@@ -1,4 +1,5 @@
 import shlex
+import shutil
 import subprocess
 import tarfile
 
@@ -120,6 +121,15 @@ def test_install_sends_this_checkout_without_what_git_ignores(machine, tmp_path)
         names = set(archive.getnames())
     assert {"setup.py", "launch/worker.sh", "smart_grpo_jax/main.py"} <= names
     assert not [n for n in names if "__pycache__" in n or n.startswith((".git/", "runs/"))]
+
+
+def test_install_without_a_checkout_needs_a_repository(machine, tmp_path):
+    folder = tmp_path / "copy" / "launch"
+    shutil.copytree(LAUNCH, folder)
+    command = ["bash", str(folder / "tpu_pod.sh"), "install"]
+    env = machine.env(GIT_CEILING_DIRECTORIES=str(tmp_path), **SLICE)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert "REPO: is not set and this is no git checkout" in refused(done)
 
 
 def test_install_from_a_repository_clones_it(machine):

@@ -142,6 +142,15 @@ def test_both_versions_of_hps_are_found_in_their_folder(made):
         base.build("hps", str(made.root / "hps"), version="3")
 
 
+def test_numbers_of_the_command_line_are_floats_and_whole_ones_are_taken(made):
+    options = {"version": 2.1, "vision_heads": 5.0, "text_heads": 3.0}
+    got = base.build("hps", str(made.root / "hps"), **options)
+    wanted = base.build("hps", str(made.root / "hps"), vision_heads=5, text_heads=3)
+    jax.tree.map(np.testing.assert_array_equal, got.params, wanted.params)
+    with pytest.raises(UserError, match=r"hps: vision_heads: got 2.5, wanted a whole number"):
+        base.build("hps", str(made.root / "hps"), vision_heads=2.5)
+
+
 OLD = {
     "_name_or_path": "", "add_cross_attention": False, "attention_dropout": 0.0, "bad_words_ids": None,
     "bos_token_id": 0, "chunk_size_feed_forward": 0, "cross_attention_hidden_size": None, "do_sample": False,
