@@ -3,7 +3,7 @@
 For      what happens when the judge is a model: the proxy is trained on, the exact judges only watch.
 Hardware 2 CPU cores, under 3 GB.
 Command  python -m smart_grpo_jax.main --config configs/shapes_learned.py
-Expect   the proxy 1.68 -> 2.43 (sum of both), and the exact judge follows: graded .536 -> .677 (+.141 +- .053),
+Expect   the proxies' sum 1.68 -> 2.43, and the exact judges follow: graded .536 -> .677 (+.141 +- .053),
          second judge .509 -> .695 (+.187 +- .144); 24 epochs, one seed.
 
 shapes.py with the reward replaced by `shapes_image_reward` + 0.25 `shapes_aesthetic_clip`, in training and in

@@ -162,6 +162,10 @@ class Train:
     step_weight: str = option("uniform", "weight of a step", choices=("uniform", "tempflow", "guard"))
     nft_beta: float = option(1.0, "beta of NFT", above=0, high=1)
     awm_weight: str = option("ghuber", "weight of AWM", choices=("uniform", "t", "t2", "huber", "ghuber"))
+    check_rewards: bool = option(
+        True,
+        "before the first epoch, refuse a reward that is constant, prompt-blind, NaN or off its examples",
+    )
     ema: Ema = section(Ema)
 
 
@@ -287,7 +291,17 @@ class Config:
     pretrain: Pretrain = section(Pretrain)
 
 
-RESUMABLE = ("train.epochs", "log.", "checkpoint.", "memory.", "mesh.", "host.", "audit.", "pretrain.")
+RESUMABLE = (
+    "train.epochs",
+    "train.check_rewards",
+    "log.",
+    "checkpoint.",
+    "memory.",
+    "mesh.",
+    "host.",
+    "audit.",
+    "pretrain.",
+)
 """Fields that may change when a run is taken up again: none of them changes what is computed."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,24 +17,10 @@ from smart_grpo_jax.hub.locate import pipeline_folder
 from smart_grpo_jax.maths import flops
 from smart_grpo_jax.rewards import base, mixture
 from smart_grpo_jax.runtime.progress import Heartbeat, say, table
+from smart_grpo_jax.runtime.topologies import chip_of
 
 SECONDS = 1.0
 """How long a reward is timed, after one call that is not."""
-PEAK = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H200": 989e12,
-}
-"""Operations per second in dense bfloat16, as the maker states them, by the start of the device's name."""
 
 
 class Cost(NamedTuple):
@@ -60,7 +46,8 @@ def job(config: Config) -> None:
             reward = base.build(name, limits=config.host, **mixture.options_of(entry))
             rows.append(measure(name, reward, pixels, prompts))
     say(f"{batch} images of {pixels[0]}x{pixels[1]} in a call, on {device.device_kind} ({device.platform})")
-    say(text(rows, batch, peak_of(device.device_kind)))
+    chip = chip_of(device.device_kind)
+    say(text(rows, batch, chip.flops if chip else None))
 
 
 def entries(config: Config) -> dict[str, Any]:
@@ -119,12 +106,6 @@ def outside(reward: base.Reward, images: Float[np.ndarray, "b H W 3"], prompts: 
     scores = reward.host(base.eight_bit(images), prompts, [f"bench/{i}" for i in range(len(prompts))])
     seconds = time.monotonic() - started
     return len(prompts) / seconds if np.isfinite(scores.value).all() else float("nan")
-
-
-def peak_of(kind: str) -> float | None:
-    """The peak of a device by its name; None where it is not in the table, for nothing is guessed."""
-    known: Mapping[str, float] = {k: v for k, v in PEAK.items() if kind.startswith(k)}
-    return known[max(known, key=len)] if known else None
 
 
 def text(rows: Sequence[Cost], batch: int, peak: float | None) -> str:

@@ -21,7 +21,15 @@ from smart_grpo_jax.core.config import Config
 from smart_grpo_jax.core.errors import NumericsError, StorageError
 from smart_grpo_jax.core.types import PyTree, TrainState
 from smart_grpo_jax.data import prompts as prompt_data
-from smart_grpo_jax.jobs import assemble, evaluate, host_scores, measured_window, record, traced
+from smart_grpo_jax.jobs import (
+    assemble,
+    evaluate,
+    host_scores,
+    measured_window,
+    record,
+    reward_check,
+    traced,
+)
 from smart_grpo_jax.jobs.assemble import Run
 from smart_grpo_jax.policy import cost, credit, rollout, update
 from smart_grpo_jax.runtime import distributed, manifest
@@ -135,6 +143,9 @@ def begin(
     meta: dict[str, Any] = restored.meta if restored else {}
     state = restored.state if restored else state
     epoch = restored.epoch if restored else 0
+    if restored is None and run.config.train.check_rewards:
+        with Heartbeat("looking at the rewards"):
+            reward_check.before_training(run.config, run.reward, run.search_reward, run.prompts.prompts)
     if restored and meta["prompts"] != run.prompts.sha:
         say(f"WARNING: {run.prompts.source} has changed since this run began; new prompts are drawn from it")
     log = MetricLog(

@@ -41,8 +41,25 @@ CHIPS: Mapping[str, Chip] = {
     "v6e": Chip("TPU v6e", 918e12, 32 * GIB, 31.25 * GIB, 1.64e12, 448e9, 12.5e9, 8),
     "a100": Chip("NVIDIA A100 80GB", 312e12, 80e9, 76e9, 2.039e12, 600e9, 25e9, 8, "gpu"),
     "h100": Chip("NVIDIA H100 SXM", 989e12, 80e9, 76e9, 3.35e12, 900e9, 50e9, 8, "gpu"),
+    "h100pcie": Chip("NVIDIA H100 PCIe", 756e12, 80e9, 76e9, 2.0e12, 600e9, 25e9, 8, "gpu"),
+    "h100nvl": Chip("NVIDIA H100 NVL", 835e12, 94e9, 90e9, 3.9e12, 600e9, 25e9, 8, "gpu"),
     "h200": Chip("NVIDIA H200", 989e12, 141e9, 134e9, 4.8e12, 900e9, 50e9, 8, "gpu"),
 }
+
+DEVICES: Mapping[str, str] = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "NVIDIA A100": "a100",
+    "NVIDIA H100": "h100",
+    "NVIDIA H100 PCIe": "h100pcie",
+    "NVIDIA H100 NVL": "h100nvl",
+    "NVIDIA H200": "h200",
+}
+"""The start of a device's name in jax → its chip."""
 
 SOLD: Mapping[str, tuple[str, ...]] = {
     "v4": (
@@ -90,6 +107,12 @@ class Topology:
     def accelerator(self) -> str:
         """The accelerator type that is ordered for one slice, such as v5p-16."""
         return f"{self.kind}-{self.chips // self.slices * CORES_IN_NAME.get(self.kind, 1)}"
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip of a device by its name; None where it is not in the table, for nothing is guessed."""
+    known = [start for start in DEVICES if device_kind.startswith(start)]
+    return CHIPS[DEVICES[max(known, key=len)]] if known else None
 
 
 def volume(shape: str) -> int:

@@ -38,10 +38,6 @@ def test_operations_weights_time_and_memory_are_measured(monkeypatch):
 
 
 def test_a_device_that_is_not_in_the_table_has_no_peak():
-    assert reward_bench.peak_of("NVIDIA H100 80GB HBM3") == 989e12
-    assert reward_bench.peak_of("NVIDIA H100 PCIe") == 756e12
-    assert reward_bench.peak_of("TPU v5 lite") == 197e12 and reward_bench.peak_of("TPU v5") == 459e12
-    assert reward_bench.peak_of("cpu") is None
     cost = reward_bench.Cost("r", 10.0, 1e9, 1.0, 5, 2**20)
     assert "peak unknown" in reward_bench.text([cost], 3, None)
 

@@ -59,3 +59,22 @@ def test_neighbours_are_of_the_same_kind_and_in_order():
     here = parse("v6e:4x4")
     assert [t.shape for t in topologies.smaller(here)] == ["2x4", "2x2", "1x1"]
     assert [t.chips for t in topologies.larger(here)] == [32, 64, 128, 256]
+
+
+@pytest.mark.parametrize(
+    ("kind", "flops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v6 lite", 918e12),
+    ],
+)
+def test_a_device_is_known_by_the_longest_start_of_its_name(kind, flops):
+    assert topologies.chip_of(kind).flops == flops
+
+
+def test_a_device_that_is_not_in_the_table_is_not_guessed():
+    assert topologies.chip_of("cpu") is None
+    assert set(topologies.DEVICES.values()) == set(topologies.CHIPS)
