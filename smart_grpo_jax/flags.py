@@ -33,19 +33,21 @@ class Flags:
     epoch: int | None = None
     out: str | None = None
     examples: str = ""
+    topology: str | None = None
+    json: str = ""
     switches: tuple[str, ...] = ()
     help: bool = False
     overrides: tuple[tuple[str, str], ...] = ()
 
 
-SWITCHES = ("check", "bench", "audit")
-"""Flags without a value: what --mode=rewards is asked."""
+SWITCHES = {"check": "rewards", "bench": "rewards", "audit": "rewards", "exact": "plan"}
+"""Flags without a value, and the mode that they belong to."""
 WHOLE = ("seed", "seeds", "steps", "batch", "epoch")
 NUMBERS = ("guidance",)
 CHOICES = {"weights": ("ema", "raw"), "format": ("lora", "full", "orbax", "all")}
 NAMES = (
     "config", "workdir", "mode", "prompts", "size", "lora", "weights", "format", "out", "examples",
-    *WHOLE, *NUMBERS,
+    "topology", "json", *WHOLE, *NUMBERS,
 )  # fmt: skip
 
 
@@ -86,8 +88,9 @@ def parse(argv: Sequence[str], modes: Iterable[str]) -> Flags:
 def _check_mode(mode: str, modes: Iterable[str], switches: Sequence[str]) -> None:
     if mode not in modes:
         raise UserError(f'--mode: got "{mode}" ({nearest(mode, modes)})')
-    if switches and mode != "rewards":
-        raise UserError(f"--{switches[0]}: got --mode={mode}, wanted --mode=rewards")
+    for switch in switches:
+        if mode != SWITCHES[switch]:
+            raise UserError(f"--{switch}: got --mode={mode}, wanted --mode={SWITCHES[switch]}")
 
 
 def _switch(name: str, value: str) -> str:

@@ -34,6 +34,8 @@ modes:
             --check  do they give the originals' scores, and are they fit to train on  [--examples=FILE]
             --bench  images/s, model FLOPs utilisation, compile time and memory of each
             --audit  at which steps the search pays: table, audit.json, audit.svg in --workdir
+  plan      does the config fit a slice, and what would an epoch cost: --topology=v5e:4x4 | v5p-16 | cpu:8 |
+            gpu:h200:8  [--exact] [--json=FILE]; needs no device and no weights
   report    write report.html again from what the run folder holds
   doctor    what this machine has, and a self-test of a second
 Every field of the config is in docs/config.md."""
@@ -177,6 +179,14 @@ def _rewards(config: Config, flags: Flags, argv: Sequence[str]) -> None:
     rewards.job(config, workdir(flags), flags.switches, flags.examples)
 
 
+def _plan(config: Config, flags: Flags, argv: Sequence[str]) -> None:
+    from smart_grpo_jax.jobs import plan
+
+    if flags.topology is None:
+        raise UserError("--topology: is missing, wanted a slice such as v5e:4x4, cpu:8 or gpu:h200:8")
+    plan.job(config, flags.topology, "exact" in flags.switches, flags.json)
+
+
 def _report(config: Config, flags: Flags, argv: Sequence[str]) -> None:
     from smart_grpo_jax.jobs import report
 
@@ -195,6 +205,7 @@ MODES: dict[str, Callable[[Config, Flags, Sequence[str]], Any]] = {
     "eval": _eval,
     "sample": _sample,
     "export": _export,
+    "plan": _plan,
     "pretrain": _pretrain,
     "rewards": _rewards,
     "report": _report,

@@ -6,6 +6,7 @@ Equal entries are built once, and lie on the mesh once, in however many mixtures
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +32,13 @@ def greet(config: Config) -> None:
         mixture.greet(table, config.host)
 
 
-def assemble(config: Config, mesh: Mesh) -> Judges:
+Put = Callable[[PyTree, PyTree], PyTree]
+"""put(parameters, shardings): onto the devices, or only on paper."""
+
+
+def assemble(
+    config: Config, mesh: Mesh, build: mixture.Make = mixture.built, put: Put = jax.device_put
+) -> Judges:
     """All rewards of a config, their parameters at rest on the mesh."""
     known: dict[str, base.Reward] = {}
 
@@ -39,10 +46,8 @@ def assemble(config: Config, mesh: Mesh) -> Judges:
         options = mixture.options_of(entry)
         mark = repr((options.pop("kind", name), sorted(options.items(), key=repr)))
         if mark not in known:
-            made = mixture.built(name, entry, limits)
-            known[mark] = dataclasses.replace(
-                made, params=jax.device_put(made.params, at_rest(mesh, made.params))
-            )
+            made = build(name, entry, limits)
+            known[mark] = dataclasses.replace(made, params=put(made.params, at_rest(mesh, made.params)))
         return known[mark]
 
     training = mixture.mixture(config.rewards, config.host, make)

@@ -14,15 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from smart_grpo_jax.core.errors import UserError, nearest
-from smart_grpo_jax.core.types import PyTree, Scores
+from smart_grpo_jax.core.types import PyTree, ScoreFn, Scores
 from smart_grpo_jax.hub import folder, locate
 from smart_grpo_jax.hub.reward_weights import AESTHETIC_HEAD
 from smart_grpo_jax.hub.torch_files import open_tensors
+from smart_grpo_jax.models.clip_vision import CLIPVisionConfig
 from smart_grpo_jax.rewards import clip_models, head
 from smart_grpo_jax.rewards.base import Reward, no_prompt
 from smart_grpo_jax.rewards.clip_models import Clip
@@ -49,23 +51,30 @@ def aligned(
     """A reward that is a function of the cosine between image and prompt; `finish` sees `params`."""
     kept = folder.compute_type(dtype)
     tower = clip.text_tower(tokens, kept)
-
-    def score(
-        params: PyTree, images: Float[Array, "b H W 3"], ctx: Float[Array, "b p"], t: Array | None = None
-    ) -> Scores:
-        pixels = pipeline(images, clip.vision.image_size, fast=fast)
-        image = clip_models.embed_images(clip.vision, kept, params["vision"], pixels)
-        cosine = (image * ctx).sum(-1)
-        value = finish(params, cosine)
-        return Scores(value, jnp.isfinite(value), {"cosine": cosine})
-
     return Reward(
         name,
         {"vision": clip.image_params(kept), **(params or {})},
         lambda prompts: tower([prefix + prompt for prompt in prompts]),
-        score,
+        aligned_score(clip.vision, kept, pipeline, fast, finish),
         uses_prompt=True,
     )
+
+
+def aligned_score(
+    vision: CLIPVisionConfig, dtype: Any, pipeline: Pipeline, fast: bool, finish: Finish
+) -> ScoreFn:
+    """The score as a function of {"vision": …} and of what `finish` reads."""
+
+    def score(
+        params: PyTree, images: Float[Array, "b H W 3"], ctx: Float[Array, "b p"], t: Array | None = None
+    ) -> Scores:
+        pixels = pipeline(images, vision.image_size, fast=fast)
+        image = clip_models.embed_images(vision, dtype, params["vision"], pixels)
+        cosine = (image * ctx).sum(-1)
+        value = finish(params, cosine)
+        return Scores(value, jnp.isfinite(value), {"cosine": cosine})
+
+    return score
 
 
 VARIANTS = {
@@ -104,9 +113,13 @@ def build_pick_score(
     clip, root = clip_models.transformers_clip(path, PICK_SCORE, "pick_score")
     own = (root / "vocab.json").is_file() or (root / "tokenizer.json").is_file()
     tokens = Path(tokenizer) if tokenizer else root if own else published_tokenizer("pick_score")
-    finish: Finish = lambda params, cosine: params["scale"] * cosine / divisor
     scale = {"scale": clip.scale()}
-    return aligned("pick_score", clip, tokens, dtype, PIPELINES["clip"], fast, finish, scale)
+    return aligned("pick_score", clip, tokens, dtype, PIPELINES["clip"], fast, scaled(divisor), scale)
+
+
+def scaled(divisor: float) -> Finish:
+    """scale · cosine / divisor."""
+    return lambda params, cosine: params["scale"] * cosine / divisor
 
 
 def build_hps(
@@ -158,12 +171,18 @@ def build_aesthetic(
     model, _ = clip_models.transformers_clip(clip or beside, L14, "aesthetic")
     kept = folder.compute_type(dtype)
     layers = head.load(AESTHETIC_HEAD, open_tensors(head_file), model.vision.projection_dim)
+    params = {"vision": model.image_params(kept), "head": head.folded(layers) if folded else layers}
+    score = aesthetic_score(model.vision, kept, fast, folded)
+    return Reward("aesthetic", params, no_prompt, score, uses_prompt=False)
+
+
+def aesthetic_score(vision: CLIPVisionConfig, dtype: Any, fast: bool, folded: bool) -> ScoreFn:
+    """The score as a function of {"vision": …, "head": …}."""
 
     def score(params: PyTree, images: Float[Array, "b H W 3"], ctx: PyTree, t: Array | None = None) -> Scores:
-        pixels = PIPELINES["clip"](images, model.vision.image_size, fast=fast)
-        image = clip_models.embed_images(model.vision, kept, params["vision"], pixels)
+        pixels = PIPELINES["clip"](images, vision.image_size, fast=fast)
+        image = clip_models.embed_images(vision, dtype, params["vision"], pixels)
         value = (head.affine if folded else head.layered)(params["head"], image)
         return Scores(value, jnp.isfinite(value), {})
 
-    params = {"vision": model.image_params(kept), "head": head.folded(layers) if folded else layers}
-    return Reward("aesthetic", params, no_prompt, score, uses_prompt=False)
+    return score

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from smart_grpo_jax.core.errors import UserError
-from smart_grpo_jax.core.types import PyTree, Scores
+from smart_grpo_jax.core.types import PyTree, ScoreFn, Scores
 from smart_grpo_jax.hub import folder, locate, tables
 from smart_grpo_jax.hub import reward_weights as names
 from smart_grpo_jax.hub.fused import Split
@@ -155,12 +155,29 @@ def of(
     folded: bool = True,
 ) -> Reward:
     """The reward of a loaded network."""
-    config, tokenizer = loaded.config, load_wordpiece(tokens, LENGTH)
-    net = BLIP(config, dtype)
+    tokenizer = load_wordpiece(tokens, LENGTH)
 
     def prepare(prompts: Sequence[str]) -> PyTree:
         ids, mask = tokenizer(prompts)
         return {"ids": ids, "mask": mask}
+
+    layers = head.folded(loaded.head, mean, std) if folded else loaded.head
+    params = {"blip": loaded.params, "head": jax.tree.map(jnp.asarray, layers)}
+    score = score_fn(loaded.config, dtype, mean=mean, std=std, fast=fast, folded=folded)
+    return Reward(name, params, prepare, score, uses_prompt=True)
+
+
+def score_fn(
+    config: BLIPConfig,
+    dtype: Any,
+    *,
+    mean: float = MEAN,
+    std: float = STD,
+    fast: bool = False,
+    folded: bool = True,
+) -> ScoreFn:
+    """The score as a function of {"blip": …, "head": …}."""
+    net = BLIP(config, dtype)
 
     def score(params: PyTree, images: Float[Array, "b H W 3"], ctx: PyTree, t: Array | None = None) -> Scores:
         pixels = PIPELINES["image_reward"](images, config.vision.image_size, fast=fast)
@@ -172,6 +189,4 @@ def of(
             value = (head.layered(params["head"], seen) - mean) / std
         return Scores(value, jnp.isfinite(value), {})
 
-    layers = head.folded(loaded.head, mean, std) if folded else loaded.head
-    params = {"blip": loaded.params, "head": jax.tree.map(jnp.asarray, layers)}
-    return Reward(name, params, prepare, score, uses_prompt=True)
+    return score

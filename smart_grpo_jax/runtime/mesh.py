@@ -64,7 +64,7 @@ def at_rest(mesh: Mesh, params: PyTree, limit: int = REPLICATED_BYTES) -> PyTree
     """Where the leaves of frozen parameters lie: replicated, or spread over `fsdp` along their longest axis
     that divides (the compiler gathers them where they are used)."""
     ways = mesh.shape["fsdp"]
-    whole = ways == 1 or sum(a.nbytes for a in jax.tree.leaves(params)) <= limit
+    whole = ways == 1 or sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(params)) <= limit
 
     def lie(a: jax.Array) -> NamedSharding:
         fits = [axis for axis, size in enumerate(a.shape) if size % ways == 0]
