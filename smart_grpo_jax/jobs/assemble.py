@@ -183,7 +183,7 @@ def functions(
     """Velocities with their guidance, decoder and rewards as pure functions."""
     scale = config.sampler.guidance
     in_search = config.search.guidance if config.search.guidance >= 0 else scale
-    constrain = partial(spread, mesh)
+    constrain, ways = partial(spread, mesh), mesh.shape["data"] * mesh.shape["fsdp"]
 
     def bind(frozen: PyTree, trainable: PyTree) -> PyTree:
         if config.adapter.kind == "full":
@@ -199,9 +199,10 @@ def functions(
         search_score=judged.search.score,
         prefer=mixture.prefer(config.search_reward or config.rewards, config.search.combine),
         constrain=constrain,
+        ways=ways,
     )
     reference = lambda frozen: {**frozen, "lora": {}}
-    return fns, update.Policy(guided, pipe.unguided(velocity, scale), bind, reference, constrain)
+    return fns, update.Policy(guided, pipe.unguided(velocity, scale), bind, reference, constrain, ways)
 
 
 def without(params: PyTree, fixed: Sequence[str]) -> PyTree:

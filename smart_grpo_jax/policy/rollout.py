@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -18,12 +19,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from smart_grpo_jax.core.types import Conditioning, DecodeFn, PyTree, ScoreFn, Scores, VelocityFn
 from smart_grpo_jax.maths import rng, search, transition
+from smart_grpo_jax.policy.pieces import in_pieces
 
 
 @dataclasses.dataclass(frozen=True)
 class Functions:
     """What the programs call: `velocity` is guided, `search_velocity` judges candidates, `prefer` orders
-    those of one state, `constrain` lays a batch-major tree over the mesh."""
+    those of one state, `constrain` lays a batch-major tree over the mesh, over `ways` devices."""
 
     velocity: VelocityFn
     search_velocity: VelocityFn
@@ -32,6 +34,7 @@ class Functions:
     search_score: ScoreFn
     prefer: Callable[[Scores], Float[Array, " k"]] = lambda scores: scores.value
     constrain: Callable[[PyTree], PyTree] = lambda tree: tree
+    ways: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,19 +159,11 @@ def _judge(
     fns: Functions, shape: Shape, params: PyTree, x0: Array, ctx: PyTree, t: Array | None
 ) -> tuple[Array, Array, dict[str, Array], Array]:
     """Decode and score: (value with NaN where it failed, ok, parts, images)."""
-    images = _chunked(lambda z: fns.decode(params["decoder"], z), shape.decode_chunk, x0)
-    scores = _chunked(lambda a: fns.score(params["reward"], a[0], a[1], t), shape.reward_chunk, (images, ctx))
+    pieces = partial(in_pieces, ways=fns.ways, constrain=fns.constrain)
+    images = pieces(lambda z: fns.decode(params["decoder"], z), shape.decode_chunk, x0)
+    scores = pieces(lambda a: fns.score(params["reward"], a[0], a[1], t), shape.reward_chunk, (images, ctx))
     value = jnp.where(scores.ok, scores.value, jnp.nan)
     return value, scores.ok, scores.parts, images
-
-
-def _chunked(fn: Callable[[PyTree], PyTree], chunk: int, tree: PyTree) -> PyTree:
-    """`fn` over a batch, `chunk` rows at a time (0: at once)."""
-    rows = jax.tree.leaves(tree)[0].shape[0]
-    if chunk == 0 or chunk >= rows:
-        return fn(tree)
-    one = lambda item: jax.tree.map(lambda a: a[0], fn(jax.tree.map(lambda a: a[None], item)))
-    return jax.lax.map(one, tree, batch_size=chunk)
 
 
 def _search_step(
@@ -194,9 +189,7 @@ def _search_step(
         return _search_one(fns, shape, params, knobs, batch, j, state)
 
     def run() -> tuple[Array, Found]:
-        if shape.chunk == 0 or shape.chunk >= groups * few:
-            return jax.vmap(one)(states)
-        return jax.lax.map(one, states, batch_size=shape.chunk)
+        return in_pieces(jax.vmap(one), shape.chunk, states, fns.ways, fns.constrain)
 
     none = lambda state: _search_one(_no_work(fns), shape, params, knobs, batch, j, state)
     blank = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(jax.vmap(none), states))
@@ -240,11 +233,8 @@ def _search_one(
         z = origin + std * m
         v = fns.search_velocity(params["policy"], z, jnp.full(m.shape[0], level), many(cond))
         images = fns.decode(params["decoder"], transition.one_step(z, v, level))
-        scores = _chunked(
-            lambda a: fns.search_score(params["search_reward"], a[0], a[1], level),
-            shape.reward_chunk,
-            (images, many(ctx)),
-        )
+        judge = lambda a: fns.search_score(params["search_reward"], a[0], a[1], level)
+        scores = in_pieces(judge, shape.reward_chunk, (images, many(ctx)))
         ok = lambda value: jnp.where(scores.ok, value, jnp.nan)
         return ok(scores.value), ok(fns.prefer(scores))
 

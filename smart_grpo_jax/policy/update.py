@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from smart_grpo_jax.core.types import Conditioning, Endpoints, PyTree, TrainState, Transitions, VelocityFn
 from smart_grpo_jax.maths import awm, ema, grpo, nft, rng, transition
+from smart_grpo_jax.policy.pieces import cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Policy:
     bind: Callable[[PyTree, PyTree], PyTree]
     reference: Callable[[PyTree], PyTree]
     constrain: Callable[[PyTree], PyTree] = lambda tree: tree
+    ways: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,11 +153,11 @@ def _gradient(
 
     # Drawn for the whole batch, so that it does not depend on how the batch is cut into calls.
     draw = _draw(batch, rng.at(rng.key(knobs.seed, "update", knobs.epoch, 1), state.step))
-    parts, draws = _split(batch, draw, recipe.chunk)
+    parts, draws = _split(batch, draw, recipe.chunk, policy.ways)
     grad_fn = jax.grad(call, has_aux=True)
 
     def accumulate(total_grads: PyTree, item: tuple[Experience, Draw]) -> tuple[PyTree, dict[str, Array]]:
-        grads, metrics = grad_fn(state.params, *item)
+        grads, metrics = grad_fn(state.params, *policy.constrain(item))
         return jax.tree.map(jnp.add, total_grads, grads), metrics
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
@@ -163,18 +165,15 @@ def _gradient(
     return grads, {k: v.max() if k == "ratio_error" else v.sum() for k, v in metrics.items()}
 
 
-def _split(batch: Experience, draw: Draw, chunk: int) -> tuple[Experience, Draw]:
+def _split(batch: Experience, draw: Draw, chunk: int, ways: int) -> tuple[Experience, Draw]:
     """[samples, ...] -> [calls, samples per call, ...], padded with weight 0."""
     samples, states = batch.weight.shape[0], 1
     if isinstance(batch, Transitions):
         states = batch.weight.shape[1]
-    size = samples if chunk == 0 else max(1, min(samples, chunk // states))
-    calls = -(-samples // size)
-    index = jnp.arange(calls * size)
-    padded, draw = jax.tree.map(lambda a: a[jnp.minimum(index, samples - 1)], (batch, draw))
-    real = (index < samples).reshape(-1, *(1,) * (batch.weight.ndim - 1))
-    padded = padded._replace(weight=padded.weight * real)
-    return jax.tree.map(lambda a: a.reshape(calls, size, *a.shape[1:]), (padded, draw))
+    size = samples if chunk == 0 else max(1, chunk // states)
+    (padded, draw), real = cut((batch, draw), size, ways)
+    real = real.reshape(*real.shape, *(1,) * (batch.weight.ndim - 1))
+    return padded._replace(weight=padded.weight * real), draw
 
 
 def _flatten(batch: Experience) -> Experience:
