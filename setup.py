@@ -37,6 +37,7 @@ setup(
         "transformers>=5.0",
     ],
     extras_require={
+        "plan": ["libtpu>=0.0.50; platform_system == 'Linux'"],
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "tensorboard": ["tensorflow-cpu>=2.18", "tensorboard>=2.18"],
