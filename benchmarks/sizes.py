@@ -22,23 +22,13 @@ import numpy as np
 
 from smart_grpo_jax.core import config as configs
 from smart_grpo_jax.core.types import Conditioning
-from smart_grpo_jax.hub import functions
-from smart_grpo_jax.hub.families import NETWORKS, family_of
-from smart_grpo_jax.hub.folder import DTYPES
+from smart_grpo_jax.hub import abstract, functions
+from smart_grpo_jax.hub.families import NETWORKS
 from smart_grpo_jax.hub.pipeline import Pipeline
-from smart_grpo_jax.hub.scheduler import Scheduler
 from smart_grpo_jax.jobs import assemble, traced
 from smart_grpo_jax.main import run_file
 from smart_grpo_jax.maths import flops
-from smart_grpo_jax.models.presets import preset
 from smart_grpo_jax.policy import cost
-
-MODELS = {
-    "stabilityai/stable-diffusion-3.5-medium": ("sd35-medium", Scheduler(shift=3.0)),
-    "stabilityai/stable-diffusion-3.5-large": ("sd35-large", Scheduler(shift=3.0)),
-    "black-forest-labs/FLUX.1-dev": ("flux-dev", Scheduler(shift=3.0, use_dynamic_shifting=True)),
-}
-"""Hub id → preset and published scheduler."""
 
 CLIP_TOKENS = 77
 
@@ -99,19 +89,8 @@ def shape(*sizes: int) -> jax.ShapeDtypeStruct:
 
 
 def abstract_pipeline(config: configs.Config) -> Pipeline:
-    """The published pipeline without weights."""
-    name, scheduler = MODELS[config.model.path]
-    parts = preset(name)
-    return Pipeline(
-        family=family_of(parts["transformer"]),
-        transformer=parts["transformer"],
-        vae=parts["vae"],
-        scheduler=scheduler,
-        text=None,
-        params={},
-        dtype=DTYPES[config.model.dtype],
-        t5_length=config.model.t5_length,
-    )
+    """The pipeline without weights."""
+    return abstract.pipeline(config.model.path, config.model.dtype, config.model.t5_length)
 
 
 def weights_of(pipe: Pipeline) -> Any:

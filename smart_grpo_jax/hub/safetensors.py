@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from smart_grpo_jax.core.errors import StorageError, UserError, nearest
-from smart_grpo_jax.hub.streaming import long_axis
+from smart_grpo_jax.hub.streaming import long_axis, read_exactly
 
 DTYPES: Mapping[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -87,19 +87,8 @@ class Tensors:
     def _read(self, key: str, skip: int, count: int) -> np.ndarray:
         """`count` numbers of a tensor, after the first `skip`."""
         span = self.spans[key]
-        size = span.dtype.itemsize
-        out = np.empty(count, span.dtype)
-        buffer, done = out.view(np.uint8).data, 0
-        try:
-            with open(span.file, "rb", buffering=0) as file:
-                file.seek(span.start + skip * size)
-                while done < len(buffer) and (got := file.readinto(buffer[done:])):
-                    done += got
-        except OSError as error:
-            raise UserError(f"{span.file}: cannot read {key!r} ({error})") from error
-        if done < len(buffer):
-            raise UserError(f"{span.file}: ends inside {key!r}; has it been cut since it was opened?")
-        return out
+        start = span.start + skip * span.dtype.itemsize
+        return read_exactly(span.file, key, start, np.empty(count, span.dtype))
 
     def metadata(self) -> dict[str, str]:
         """The headers' remarks."""

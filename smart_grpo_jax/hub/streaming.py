@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -131,6 +132,21 @@ def floats(reader: Reader, key: str, tensor: np.ndarray) -> np.ndarray:
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         raise UserError(f"{reader.file(key)}: {key!r} has dtype {tensor.dtype}, wanted floating point")
     return tensor
+
+
+def read_exactly(file: str | Path, key: str, start: int, out: np.ndarray) -> np.ndarray:
+    """`out` filled from byte `start` of a file; UserError where it ends before, or cannot be read."""
+    buffer, done = out.view(np.uint8).data, 0
+    try:
+        with open(file, "rb", buffering=0) as raw:
+            raw.seek(start)
+            while done < len(buffer) and (got := raw.readinto(buffer[done:])):
+                done += got
+    except OSError as error:
+        raise UserError(f"{file}: cannot read {key!r} ({error})") from error
+    if done < len(buffer):
+        raise UserError(f"{file}: ends inside {key!r}; has it been cut since it was opened?")
+    return out
 
 
 def place(array: np.ndarray, sharding: NamedSharding | None) -> jax.Array:

@@ -17,7 +17,7 @@ import numpy as np
 
 from smart_grpo_jax.core.errors import UserError
 from smart_grpo_jax.hub import folder, safetensors, torch_archive, torch_pickle
-from smart_grpo_jax.hub.streaming import Reader, long_axis
+from smart_grpo_jax.hub.streaming import Reader, long_axis, read_exactly
 from smart_grpo_jax.hub.torch_names import Refused, Tensor, brief
 
 STATE = "state_dict"
@@ -120,18 +120,8 @@ class TorchTensors:
     def _range(self, key: str, offset: int, count: int) -> np.ndarray:
         """`count` numbers of a tensor's storage from number `offset` on."""
         span = self.spans[key]
-        out = np.empty(count, span.dtype)
-        buffer, done = out.view(np.uint8).data, 0
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                file.seek(self.starts[span.key] + offset * span.dtype.itemsize)
-                while done < len(buffer) and (got := file.readinto(buffer[done:])):
-                    done += got
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot read {key!r} ({error})") from error
-        if done < len(buffer):
-            raise UserError(f"{self.path}: ends inside {key!r}; has it been cut since it was opened?")
-        return out
+        start = self.starts[span.key] + offset * span.dtype.itemsize
+        return read_exactly(self.path, key, start, np.empty(count, span.dtype))
 
 
 def open_tensors(path: Path) -> Weights:
