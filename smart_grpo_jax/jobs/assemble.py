@@ -99,7 +99,6 @@ def assemble(
     """
     judges.greet(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    everywhere = replicated(mesh)
     strict = config.prompts.strict
     prompts = prompt_data.load(config.prompts.source, strict)
     if items is None:
@@ -121,10 +120,7 @@ def assemble(
     velocity = raw_velocity(config, pipe)
     fns, policy = functions(config, pipe, velocity, judged, mesh)
     times = time_grid(config, pipe, config.sampler.steps)
-    frozen = {
-        "params": pipe.params["transformer"],
-        "negative": embeddings.rows([config.prompts.negative]),
-    }
+    negative = jax.device_put(embeddings.rows([config.prompts.negative]), replicated(mesh))
     rewards = {"reward": judged.training.params, "search_reward": judged.search.params}
     return Run(
         config=config,
@@ -137,7 +133,7 @@ def assemble(
         reward=judged.training,
         search_reward=judged.search,
         eval_reward=judged.evaluation,
-        frozen=jax.device_put(frozen, everywhere),
+        frozen={"params": pipe.params["transformer"], "negative": negative},
         fixed={"decoder": pipe.params["vae"], **rewards},
         fns=fns,
         policy=policy,

@@ -181,13 +181,13 @@ def update_program(p: Paper) -> Program:
 def stretched(have: int, want: int, members: int, acted: rollout.Acted) -> rollout.Acted:
     """A rollout of `have` groups as one of `want`."""
 
-    def lie(path: Any, a: jax.Array) -> jax.Array:
+    def lie(a: jax.Array) -> jax.Array:
         axis = next((i for i, size in enumerate(a.shape) if size == have * members), None)
         if axis is None:
             return a
         return jnp.zeros((*a.shape[:axis], want * members, *a.shape[axis + 1 :]), a.dtype)
 
-    return jax.tree_util.tree_map_with_path(lie, acted)
+    return jax.tree.map(lie, acted)
 
 
 def spread_rows(mesh: Mesh, tree: PyTree) -> PyTree:

@@ -78,3 +78,33 @@ def test_what_is_learned_is_the_same(runs, devices):
     np.testing.assert_allclose(theirs, ours, atol=1e-5)
     costs = [[row["nfe/velocity"] for row in runs(n)[1]] for n in (1, devices)]
     assert costs[0] == costs[1]
+
+
+LAID = """
+import json, sys
+import jax
+from smart_grpo_jax import main
+from smart_grpo_jax.jobs import assemble, plan_programs
+from smart_grpo_jax.flags import parse
+
+config = main.load_config(parse(sys.argv[1:], main.MODES))
+run = assemble.assemble(config, training=False)
+specs = lambda tree: [str(leaf.sharding.spec) for leaf in jax.tree.leaves(tree)]
+planned = plan_programs.paper(config, run.mesh).frozen
+print(json.dumps([specs(run.frozen["params"]), specs(planned["params"])]))
+"""
+
+
+def test_frozen_parameters_lie_where_the_tables_and_the_plan_say(tmp_path):
+    """They were once read onto their shards and then copied to every device again."""
+    mesh = ("mesh.fsdp=2", "mesh.tensor=2")
+    done = subprocess.run(
+        [sys.executable, "-c", LAID, *tiny_run.command(tmp_path / "r", *OVERRIDES, *mesh)],
+        env=tiny_run.environment(JAX_NUM_CPU_DEVICES="4"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    real, planned = json.loads(done.stdout.splitlines()[-1])
+    assert real == planned
+    assert sum("fsdp" in spec for spec in real) > 10 and any("tensor" in spec for spec in real)
