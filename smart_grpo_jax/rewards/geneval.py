@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from smart_grpo_jax.core.config import Host
 from smart_grpo_jax.core.errors import UserError
 from smart_grpo_jax.core.types import PyTree, metadata_of
-from smart_grpo_jax.rewards import host, wire
-from smart_grpo_jax.rewards.base import Reward, nothing, without_weights
-from smart_grpo_jax.rewards.remote import Client
+from smart_grpo_jax.rewards import host
+from smart_grpo_jax.rewards.base import Reward, nothing
+from smart_grpo_jax.rewards.remote import connected
 
 
 def described(prompts: Sequence[str]) -> PyTree:
@@ -39,9 +39,8 @@ def build(
     cooldown: float = 10.0,
 ) -> Reward:
     """The graded score, or with `strict` GenEval's own 0 or 1; the other one is logged."""
-    without_weights("geneval", path)
     limits = limits or Host()
-    client = Client("geneval", url, reward, key_env, limits, wire.Breaker(int(breaker), cooldown))
+    client = connected("geneval", path, limits, url, reward, key_env, breaker, cooldown)
 
     def ask(batch: host.Batch) -> list[host.Answer]:
         both = [(a, {"graded": a.score, "strict": a.parts.get("strict")}) for a in client.ask(batch)]

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from smart_grpo_jax.core.config import Host
 from smart_grpo_jax.core.errors import UserError
 from smart_grpo_jax.core.types import PyTree, metadata_of
-from smart_grpo_jax.rewards import host, wire
-from smart_grpo_jax.rewards.base import Reward, nothing, without_weights
-from smart_grpo_jax.rewards.remote import Client
+from smart_grpo_jax.rewards import host
+from smart_grpo_jax.rewards.base import Reward, nothing
+from smart_grpo_jax.rewards.remote import connected
 
 QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”')
 
@@ -65,9 +65,8 @@ def build(
     cooldown: float = 10.0,
 ) -> Reward:
     """The server's `text` against the text that the prompt asks for."""
-    without_weights("ocr", path)
     limits = limits or Host()
-    client = Client("ocr", url, reward, key_env, limits, wire.Breaker(int(breaker), cooldown))
+    client = connected("ocr", path, limits, url, reward, key_env, breaker, cooldown)
 
     def ask(batch: host.Batch) -> list[host.Answer]:
         return [_compared(a, prompt) for a, prompt in zip(client.ask(batch), batch.prompts, strict=True)]

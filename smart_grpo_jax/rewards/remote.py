@@ -110,6 +110,21 @@ def _answer(row: dict[str, Any]) -> host.Answer:
     )
 
 
+def connected(
+    row: str,
+    path: str | None,
+    limits: Host,
+    url: str,
+    reward: str,
+    key_env: str,
+    breaker: float,
+    cooldown: float,
+) -> Client:
+    """The client of a row of the table, greeted; UserError where a path is given or no server answers."""
+    without_weights(row, path)
+    return Client(row, url, reward, key_env, limits, wire.Breaker(int(breaker), cooldown))
+
+
 def names(parts: str | Sequence[str]) -> tuple[str, ...]:
     """The names of the parts to log: `a,b` on the command line, a list in a file."""
     given = parts.split(",") if isinstance(parts, str) else parts
@@ -128,8 +143,7 @@ def build(
     cooldown: float = 10.0,
 ) -> Reward:
     """What the server at `url` says; `parts` names the further numbers of its answers that are logged."""
-    without_weights("remote", path)
     limits = limits or Host()
-    client = Client("remote", url, reward, key_env, limits, wire.Breaker(int(breaker), cooldown))
+    client = connected("remote", path, limits, url, reward, key_env, breaker, cooldown)
     scorer = host.scorer(client.ask, limits, names(parts))
     return Reward("remote", {}, no_prompt, nothing().score, uses_prompt=True, host=scorer)
