@@ -49,9 +49,11 @@ def velocity_fn(
     targets: tuple[str, ...] = (),
     dtype: Any = jnp.float32,
     remat: str = "none",
+    attention: str = "xla",
 ) -> RawVelocity:
     """The raw network; reads params["params"] and, with a rank, params["lora"]. No targets: the published."""
-    net = network(config, rank=rank, alpha=alpha, targets=targets, dtype=dtype, remat=remat)
+    options = {"dtype": dtype, "remat": remat, "attention": attention}
+    net = network(config, rank=rank, alpha=alpha, targets=targets, **options)
 
     def velocity(params: PyTree, x: Array, t: Array, cond: Conditioning, guidance: Any = None, /) -> Array:
         variables = {"params": params["params"], "lora": params["lora"] if rank else {}}
@@ -78,7 +80,8 @@ def network(
 
 
 def guided(velocity: VelocityFn, scale: float | Array) -> VelocityFn:
-    """v_n + scale·(v_p - v_n), the batch doubled as [negative, positive].
+    """v_n + scale·(v_p - v_n), the batch doubled: row by row a negative and a positive call, so that the two
+    stay on the device of their image.
 
     The negative prompt is params["negative"], a Conditioning of one row, unless the rows carry their own.
     As in diffusers, a scale of 1 or less means no guidance; the batch is then not doubled.
@@ -93,10 +96,12 @@ def guided(velocity: VelocityFn, scale: float | Array) -> VelocityFn:
             raise UserError("guidance: the negative prompt is encoded unlike the prompts (compact or not?)")
 
         def double(n: Array, p: Array) -> Array:
-            return jnp.concatenate([jnp.broadcast_to(n, p.shape).astype(p.dtype), p])
+            pairs = jnp.stack([jnp.broadcast_to(n, p.shape).astype(p.dtype), p], 1)
+            return pairs.reshape(-1, *p.shape[1:])
 
         v = velocity(params, double(x, x), double(t, t), jax.tree.map(double, negative, cond))
-        without, with_prompt = jnp.split(v, 2)
+        v = v.reshape(-1, 2, *v.shape[1:])
+        without, with_prompt = v[:, 0], v[:, 1]
         return without + scale * (with_prompt - without)
 
     return both

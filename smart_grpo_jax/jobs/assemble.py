@@ -7,8 +7,8 @@ the arguments of policy/'s programs; traced.py makes what is traced.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,9 +30,10 @@ from smart_grpo_jax.hub import pipeline as hub
 from smart_grpo_jax.hub.functions import RawVelocity
 from smart_grpo_jax.jobs import embed, judges, traced
 from smart_grpo_jax.maths import rng, schedule
-from smart_grpo_jax.models import lora
+from smart_grpo_jax.models import attention, lora
 from smart_grpo_jax.policy import credit, rollout, update
 from smart_grpo_jax.rewards import base, mixture
+from smart_grpo_jax.runtime import distributed
 from smart_grpo_jax.runtime.mesh import make_mesh, pad_groups, replicated
 
 
@@ -71,7 +72,7 @@ class Run:
             params = lora.init_lora(key, *adapter)
             if config.adapter.init:
                 params = self.started(params)
-        return jax.device_put(update.init_state(self.recipe, params), replicated(self.mesh))
+        return distributed.place(update.init_state(self.recipe, params), replicated(self.mesh))
 
     def started(self, fresh: PyTree) -> PyTree:
         """Adapters that begin where those of `adapter.init` end."""
@@ -117,10 +118,10 @@ def assemble(
     )
     pipe.check_negative(config.prompts.negative)
     judged = judges.assemble(config, mesh)
-    velocity = raw_velocity(config, pipe)
+    velocity = raw_velocity(config, pipe, mesh)
     fns, policy = functions(config, pipe, velocity, judged, mesh)
     times = time_grid(config, pipe, config.sampler.steps)
-    negative = jax.device_put(embeddings.rows([config.prompts.negative]), replicated(mesh))
+    negative = distributed.place(embeddings.rows([config.prompts.negative]), replicated(mesh))
     rewards = {"reward": judged.training.params, "search_reward": judged.search.params}
     return Run(
         config=config,
@@ -156,17 +157,35 @@ def time_grid(
     return schedule.times(kind, steps, shift=shift or pipe.shift(pixels), image_tokens=tokens)
 
 
-def raw_velocity(config: Config, pipe: hub.Pipeline) -> RawVelocity:
-    """The network with the adapter where there is one: without it, it is the reference."""
-    adapter = config.adapter
+def raw_velocity(config: Config, pipe: hub.Pipeline, mesh: Mesh) -> RawVelocity:
+    """The network with the adapter where there is one: without it, it is the reference. Its batch lies over
+    the mesh, however its rows came together."""
+    adapter, net = config.adapter, pipe.transformer
     rank = adapter.rank if adapter.kind == "lora" else 0
-    adapted = pipe.velocity_fn(rank, adapter.alpha, adapter.targets, remat=config.memory.remat)
-    plain = pipe.velocity_fn(remat=config.memory.remat)
+    aim = attention.target(mesh.devices.flat[0], pipe.dtype, net.attention_head_dim)
+    chosen = attention.choose(config.model.attention, aim)
+    network = partial(pipe.velocity_fn, remat=config.memory.remat, attention=chosen)
+    adapted, plain = network(rank, adapter.alpha, adapter.targets), network()
 
     def velocity(params: PyTree, x: Any, t: Any, cond: Conditioning, scale: Any = None, /) -> Any:
         return (adapted if params["lora"] else plain)(params, x, t, cond, scale)
 
-    return velocity
+    return laid(mesh, velocity)
+
+
+def laid(mesh: Mesh, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn(params, batch, ...)` with the rows of its batch, and of what it returns, over the data axes.
+
+    A gather or a join of rows may leave a batch anywhere, and the compiler then follows it through the whole
+    network. Inside, the mesh is known to kernels that must be cut by hand.
+    """
+
+    @wraps(fn)
+    def on_mesh(params: PyTree, *batch: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return spread(mesh, fn(params, *spread(mesh, batch)))
+
+    return on_mesh
 
 
 def functions(
@@ -190,9 +209,9 @@ def functions(
     fns = rollout.Functions(
         velocity=guided,
         search_velocity=pipe.guided(velocity, in_search),
-        decode=pipe.decode_fn(),
-        score=judged.training.score,
-        search_score=judged.search.score,
+        decode=laid(mesh, pipe.decode_fn()),
+        score=laid(mesh, judged.training.score),
+        search_score=laid(mesh, judged.search.score),
         prefer=mixture.prefer(config.search_reward or config.rewards, config.search.combine),
         constrain=constrain,
         ways=ways,
@@ -217,7 +236,7 @@ def spread(mesh: Mesh, tree: PyTree) -> PyTree:
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
 
     def lay(a: Any) -> Any:
-        if devices == 1 or a.ndim == 0 or a.shape[0] % devices:
+        if devices == 1 or jnp.ndim(a) == 0 or a.shape[0] % devices:
             return a
         return jax.lax.with_sharding_constraint(a, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
 
@@ -317,4 +336,4 @@ def make_batch(
         run.search_reward.prepare(filled),
         cast(jax.Array, np.asarray([*members, *[0] * spare], np.int32)),
     )
-    return jax.device_put(batch, replicated(run.mesh)), np.arange(size) < len(texts)
+    return distributed.place(batch, replicated(run.mesh)), np.arange(size) < len(texts)

@@ -157,7 +157,7 @@ def search(
     shape: tuple[int, ...],
     settings: Settings,
 ) -> SearchResult:
-    """Search the noise of one step of one sample; vmap it over samples.
+    """Search the noise of one step of one sample.
 
     `score_fn` takes m[K, *shape] to rewards [K], or to (rewards, preference): candidates are then ordered
     within a round by the preference, which need not compare between rounds, while the rewards are what is
@@ -168,35 +168,68 @@ def search(
 
     A search in which too few candidates ever had a finite reward returns plain noise.
     """
-    n = jax.random.normal(jax.random.fold_in(key, settings.rounds), shape)
+    one = lambda m: jax.tree.map(lambda a: a[None], score_fn(m[0]))
+    return jax.tree.map(lambda a: a[0], search_many(key[None], one, shape, settings))
+
+
+def search_many(
+    keys: Float[Array, " n"],
+    score_fn: Callable[[Array], Array | tuple[Array, Array]],
+    shape: tuple[int, ...],
+    settings: Settings,
+) -> SearchResult:
+    """`search` for n samples at once, each with its own key and all leaves with a leading n.
+
+    `score_fn` sees the candidates of all samples together, m[n, K, *shape] to [n, K]: what it calls has one
+    batch of n K rows, which lies over devices as any other batch.
+    """
+    n = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, settings.rounds), shape))(keys)
 
     def one_round(carry, index):
-        mu, sigma, best = carry
-        noise_key, select_key = jax.random.split(jax.random.fold_in(key, index))
-        m = propose(mu, sigma, jax.random.normal(noise_key, (settings.candidates, *shape)))
+        m, lot = jax.vmap(lambda key, law: _candidates(key, index, law, shape, settings))(keys, carry[:2])
         scored = score_fn(m)
         rewards, wish = scored if isinstance(scored, tuple) else (scored, scored)
-        rewards, wish = rewards.astype(jnp.float32), wish.astype(jnp.float32)
-        lot = jax.random.uniform(select_key, rewards.shape, jnp.float32)
-        preference = jnp.where(settings.greedy, wish, lot)
-        preference = jnp.where(jnp.isfinite(preference), preference, -jnp.inf)
-        mu, sigma, order = refit(m, preference, mu, sigma, settings)
-        first = order[0]
-        known = settings.greedy & jnp.isfinite(preference[first])
-        level = jnp.where(known, rewards[first], preference[first])
-        best = _better(best, (level, rewards[first], m[first]))
-        fitted = jnp.isfinite(preference).sum() >= settings.elite
-        return (mu, sigma, best), (rewards, order, fitted, m if settings.keep_candidates else None)
+        carry, seen = jax.vmap(lambda *one: _learn(settings, *one))(carry, m, rewards, wish, lot)
+        return carry, (*seen, m if settings.keep_candidates else None)
 
-    start = (jnp.zeros_like(n), jnp.ones_like(n), (jnp.float32(-jnp.inf), jnp.float32(jnp.nan), n))
-    (mu, sigma, best), (rewards, order, fitted, kept) = jax.lax.scan(
-        one_round, start, jnp.arange(settings.rounds)
-    )
-    share = jnp.where(settings.greedy, 0, settings.sigma_floor).astype(n.dtype)
-    mean = jnp.where(fitted.any(), mu + share * sigma * n, n)
-    noise = jnp.stack([mean, propose(mu, sigma, n), best[2]])[settings.returns]
-    noise = jnp.where(settings.rms, unit_rms(noise), noise)
+    flat = lambda value: jnp.full(n.shape[:1], value, jnp.float32)
+    start = (jnp.zeros_like(n), jnp.ones_like(n), (flat(-jnp.inf), flat(jnp.nan), n))
+    (mu, sigma, best), seen = jax.lax.scan(one_round, start, jnp.arange(settings.rounds))
+    rewards, order, fitted, kept = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), seen)
+    noise = jax.vmap(lambda *one: _returned(settings, *one))(mu, sigma, n, best[2], fitted.any(1))
     return SearchResult(noise, mu, sigma, rewards, order, kept, best[1], best[2])
+
+
+def _candidates(
+    key: Array, index: Array, law: tuple[Array, Array], shape: tuple[int, ...], settings: Settings
+) -> tuple[Float[Array, "k *shape"], Float[Array, " k"]]:
+    """The candidates of one round of one sample, and the lots of a random selection."""
+    noise_key, select_key = jax.random.split(jax.random.fold_in(key, index))
+    m = propose(*law, jax.random.normal(noise_key, (settings.candidates, *shape)))
+    return m, jax.random.uniform(select_key, (settings.candidates,), jnp.float32)
+
+
+def _learn(settings: Settings, carry, m, rewards, wish, lot):
+    """The law and the best after one round of one sample; and (rewards, order, enough to fit?)."""
+    mu, sigma, best = carry
+    rewards, wish = rewards.astype(jnp.float32), wish.astype(jnp.float32)
+    preference = jnp.where(settings.greedy, wish, lot)
+    preference = jnp.where(jnp.isfinite(preference), preference, -jnp.inf)
+    mu, sigma, order = refit(m, preference, mu, sigma, settings)
+    first = order[0]
+    known = settings.greedy & jnp.isfinite(preference[first])
+    level = jnp.where(known, rewards[first], preference[first])
+    best = _better(best, (level, rewards[first], m[first]))
+    fitted = jnp.isfinite(preference).sum() >= settings.elite
+    return (mu, sigma, best), (rewards, order, fitted)
+
+
+def _returned(settings: Settings, mu: Array, sigma: Array, n: Array, best: Array, fitted: Array) -> Array:
+    """The noise to execute."""
+    share = jnp.where(settings.greedy, 0, settings.sigma_floor).astype(n.dtype)
+    mean = jnp.where(fitted, mu + share * sigma * n, n)
+    noise = jnp.stack([mean, propose(mu, sigma, n), best])[settings.returns]
+    return jnp.where(settings.rms, unit_rms(noise), noise)
 
 
 def unit_rms(m: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

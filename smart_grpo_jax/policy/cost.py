@@ -24,6 +24,21 @@ def calls(guidance: float) -> int:
     return 1 if guidance <= 1 else 2
 
 
+def images_seen(shape: Shape, recipe: Recipe, config: Config, masks: Masks) -> dict[str, int]:
+    """Images that pass through each part of an epoch: `path` through the executed steps, `search` as
+    candidates, `judged` through decoder and reward outside the search, `learned` through a gradient."""
+    groups, searched = int(np.sum(np.asarray(masks.real))), int(np.sum(np.asarray(masks.searched)))
+    images, few = groups * shape.members, groups * shape.searched_members
+    early = shape.stop < shape.steps or shape.one_step_rewards
+    states = len(masks.trained) if recipe.loss in ("ppo", "guard") else 1
+    return {
+        "path": images * (shape.stop + early),
+        "search": few * searched * config.search.rounds * config.search.candidates,
+        "judged": images * (1 + shape.stop * shape.one_step_rewards),
+        "learned": images * states * recipe.passes,
+    }
+
+
 def sampling(
     shape: Shape, config: Config, groups: int, searched: int, calls: Calls = calls
 ) -> dict[str, int]:

@@ -185,14 +185,14 @@ def _search_step(
     row = jnp.repeat(jnp.arange(groups), few)
     states = (pick(keys), pick(x), pick(law.mean), pick(std), row)
 
-    def one(state: tuple[Array, ...]) -> tuple[Array, Found]:
-        return _search_one(fns, shape, params, knobs, batch, j, state)
+    def search_all(fns: Functions, states: tuple[Array, ...]) -> tuple[Array, Found]:
+        return _search_states(fns, shape, params, knobs, batch, j, states)
 
     def run() -> tuple[Array, Found]:
-        return in_pieces(jax.vmap(one), shape.chunk, states, fns.ways, fns.constrain)
+        return in_pieces(partial(search_all, fns), shape.chunk, states, fns.ways, fns.constrain)
 
-    none = lambda state: _search_one(_no_work(fns), shape, params, knobs, batch, j, state)
-    blank = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(jax.vmap(none), states))
+    empty = jax.eval_shape(partial(search_all, _no_work(fns)), states)
+    blank = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), empty)
     best, found = jax.lax.cond(knobs.searched[j], run, lambda: blank)
     use = knobs.searched[j] & knobs.execute_search
     grid = noise.reshape(groups, members, *noise.shape[1:])
@@ -212,42 +212,47 @@ def _no_work(fns: Functions) -> Functions:
     )
 
 
-def _search_one(
+def _search_states(
     fns: Functions,
     shape: Shape,
     params: PyTree,
     knobs: Knobs,
     batch: Batch,
     j: Array,
-    state: tuple[Array, ...],
+    states: tuple[Array, ...],
 ) -> tuple[Array, Found]:
-    """Algorithm 1 at one state: candidates are perturbed, decoded in one step, scored, refit."""
-    key, x, mean, std, row = state
+    """Algorithm 1 at n states: candidates are perturbed, decoded in one step, scored, refit.
+
+    The networks see the k candidates of all states as one batch [n k].
+    """
+    keys, x, mean, std, row = states
     t, t_next = knobs.times[j], knobs.times[j + 1]
     origin, level = (mean, t_next) if shape.space == "transition" else (x, t)
-    cond = batch.cond.rows(row)
-    ctx = jax.tree.map(lambda a: a[row], batch.search_ctx)
+    flat = lambda a: fns.constrain(a.reshape(-1, *a.shape[2:]))
+    count = knobs.search.candidates
+    each = jnp.repeat(row, count)
+    cond, ctx = fns.constrain((batch.cond.rows(each), jax.tree.map(lambda a: a[each], batch.search_ctx)))
 
     def score(m: Array) -> tuple[Array, Array]:
-        many = lambda tree: jax.tree.map(lambda a: jnp.broadcast_to(a, (m.shape[0], *a.shape)), tree)
-        z = origin + std * m
-        v = fns.search_velocity(params["policy"], z, jnp.full(m.shape[0], level), many(cond))
+        z = flat(origin[:, None] + std[:, None] * m)
+        v = fns.search_velocity(params["policy"], z, jnp.full(z.shape[0], level), cond)
         images = fns.decode(params["decoder"], transition.one_step(z, v, level))
         judge = lambda a: fns.search_score(params["search_reward"], a[0], a[1], level)
-        scores = in_pieces(judge, shape.reward_chunk, (images, many(ctx)))
+        scores = in_pieces(judge, shape.reward_chunk, (images, ctx), fns.ways, fns.constrain)
+        scores = jax.tree.map(lambda a: a.reshape(-1, count), scores)
         ok = lambda value: jnp.where(scores.ok, value, jnp.nan)
-        return ok(scores.value), ok(fns.prefer(scores))
+        return ok(scores.value), ok(jax.vmap(fns.prefer)(scores))
 
-    result = search.search(rng.at(key, j, 1), score, shape.latent, knobs.search)
-    rms = jnp.sqrt(jnp.mean(result.noise**2))
+    at = jax.vmap(lambda key: rng.at(key, j, 1))(keys)
+    result = search.search_many(at, score, shape.latent, knobs.search)
+    rms = jnp.sqrt(jnp.mean(result.noise**2, (1, 2, 3)))
     if result.candidates is None:
         return result.noise, Found(result.rewards, rms, None, None)
-    moves = result.candidates.reshape(-1, *shape.latent)
-    x_next = mean + std * moves
-    law = transition.Transition(
-        jnp.broadcast_to(mean, x_next.shape), jnp.broadcast_to(std, (len(moves), 1, 1, 1))
-    )
-    return result.noise, Found(result.rewards, rms, x_next, _log_prob(shape.log_prob, x_next, law))
+    moves = result.candidates.reshape(len(x), -1, *shape.latent)
+    x_next = mean[:, None] + std[:, None] * moves
+    law = transition.Transition(mean[:, None], std[:, None])
+    log_prob = jax.vmap(partial(_log_prob, shape.log_prob))(x_next, law)
+    return result.noise, Found(result.rewards, rms, x_next, log_prob)
 
 
 def _finish(
