@@ -37,16 +37,21 @@ class Rules:
         """The index of the first rule that matches the path `name`."""
         return next((i for i, (pattern, _) in enumerate(self.rules) if pattern.search(name)), None)
 
+    def value(self, name: str) -> Any:
+        """The value of the first rule that matches the path `name`."""
+        index = self.first(name)
+        if index is None:
+            patterns = [pattern.pattern for pattern, _ in self.rules]
+            raise UserError(f"rules: no rule matches {name!r} ({nearest(name, patterns)})")
+        return self.rules[index][1]
+
     def match(self, tree: PyTree) -> PyTree:
         """The tree of values, one per leaf of `tree`."""
         leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
         names = [path_name(path) for path, _ in leaves]
-        chosen = [self.first(name) for name in names]
-        patterns = [pattern.pattern for pattern, _ in self.rules]
-        for name, index in zip(names, chosen, strict=True):
-            if index is None:
-                raise UserError(f"rules: no rule matches {name!r} ({nearest(name, patterns)})")
-        for index, pattern in enumerate(patterns):
-            if not any(self.rules[index][0].search(name) for name in names):
-                raise UserError(f"rules: {pattern!r} matches nothing ({nearest(pattern, names)})")
-        return treedef.unflatten([self.rules[index][1] for index in chosen if index is not None])
+        values = [self.value(name) for name in names]
+        for pattern, _ in self.rules:
+            if not any(pattern.search(name) for name in names):
+                text = pattern.pattern
+                raise UserError(f"rules: {text!r} matches nothing ({nearest(text, names)})")
+        return treedef.unflatten(values)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from smart_grpo_jax.core.errors import UserError
 from smart_grpo_jax.core.types import Conditioning, DecodeFn, PyTree, VelocityFn
+from smart_grpo_jax.hub import sharding
 from smart_grpo_jax.models import tiling
 from smart_grpo_jax.models.flux import Flux, FluxConfig
 from smart_grpo_jax.models.lora import FLUX_TARGETS, SD3_TARGETS
@@ -76,7 +77,7 @@ def network(
     """The Linen module of a transformer's config."""
     kind = type(config)
     adapters = {"lora_rank": rank, "lora_alpha": alpha, "lora_targets": targets or TARGETS[kind]}
-    return NETWORKS[kind](**{"config": config, **adapters, **options})
+    return NETWORKS[kind](**{"config": config, "at_use": sharding.at_use(kind), **adapters, **options})
 
 
 def guided(velocity: VelocityFn, scale: float | Array) -> VelocityFn:

@@ -8,12 +8,15 @@ does not divide is left whole.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, cast
 
 import jax
 from flax.traverse_util import flatten_dict
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from smart_grpo_jax.core.errors import UserError, nearest
 from smart_grpo_jax.core.rules import Rules
@@ -94,7 +97,7 @@ def specs(class_name: str, config: Any) -> PyTree:
     return TABLES[class_name].match(NETWORKS[class_name].table.abstract(config))
 
 
-def fitted(tail: Tail, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def fitted(tail: Tail, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The tail as a PartitionSpec of a leaf of this shape, without the axes that do not divide."""
     if not tail:
         return PartitionSpec()
@@ -111,6 +114,40 @@ def shardings(class_name: str, config: Any, mesh: Mesh) -> PyTree:
     shapes = NETWORKS[class_name].table.abstract(config)
     lie = lambda leaf, tail: NamedSharding(mesh, fitted(tail, leaf.shape, mesh))
     return jax.tree.map(lie, shapes, specs(class_name, config))
+
+
+@functools.cache
+def at_use(config_type: type) -> Callable[[str, Array], Array]:
+    """What the networks of this config do with a parameter where it is multiplied: gather what lies over
+    `fsdp`, so that the activations keep their batch axis; a gradient is summed into the parts."""
+    table = next(TABLES[name] for name, network in NETWORKS.items() if network.config is config_type)
+
+    def gathered(path: str, leaf: Array) -> Array:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.shape["fsdp"] == 1:
+            return leaf
+        rest = fitted(table.value(path), leaf.shape, mesh)
+        return _gather(PartitionSpec(*(None if axis == "fsdp" else axis for axis in rest)), rest, leaf)
+
+    return gathered
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather(used: PartitionSpec, rest: PartitionSpec, leaf: Array) -> Array:
+    del rest
+    return jax.lax.with_sharding_constraint(leaf, used)
+
+
+def _gather_forward(used: PartitionSpec, rest: PartitionSpec, leaf: Array) -> tuple[Array, None]:
+    return _gather(used, rest, leaf), None
+
+
+def _gather_backward(used: PartitionSpec, rest: PartitionSpec, _: None, grad: Array) -> tuple[Array]:
+    del used
+    return (jax.lax.with_sharding_constraint(grad, rest),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def layout(mesh: Mesh) -> Callable[[str, Any], Callable[[str], NamedSharding]]:

@@ -90,6 +90,7 @@ class PatchEmbed(nn.Module):
         table = jax.lax.stop_gradient(table).astype(jnp.float32).reshape(size, size, c.width)
         top, left = (size - rows) // 2, (size - columns) // 2
         table = table[top : top + rows, left : left + columns].reshape(1, rows * columns, c.width)
+        table = self.build.at_use("/".join((*self.path, "pos_embed")), table)
         patches = x.reshape(b, rows, p, columns, p, -1).transpose(0, 1, 3, 2, 4, 5)
         tokens = PatchKernel(self.build, name="proj")(patches.reshape(b, rows * columns, -1))
         return (tokens + table).astype(self.build.dtype)

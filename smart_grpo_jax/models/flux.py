@@ -33,7 +33,7 @@ from smart_grpo_jax.models.layers import (
     repeat_bias,
     stack,
 )
-from smart_grpo_jax.models.lora import FLUX_TARGETS, LoRA
+from smart_grpo_jax.models.lora import FLUX_TARGETS, AtUse, LoRA, as_is
 
 PATCH = 2
 """Latents per token along a side; the published `patch_size` of 1 counts packed latents."""
@@ -245,6 +245,7 @@ class Flux(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     attention: str = "xla"
+    at_use: AtUse = as_is
 
     @property
     def lora(self) -> LoRA:
@@ -263,7 +264,7 @@ class Flux(nn.Module):
     ) -> Float[Array, "b h w c"]:
         """The velocity, float32. The last text token counts as `repeats` equal ones."""
         check_inputs(self.config, x, guidance)
-        c, build = self.config, Build(self.config, self.lora, self.dtype, self.attention)
+        c, build = self.config, Build(self.config, self.lora, self.dtype, self.attention, self.at_use)
         (_, h, w, _), length = x.shape, tokens.shape[1]
         image = build.dense(c.width, "x_embedder")(pack(x))
         temb = TimeTextEmbed(build, name="time_text_embed")(t, pooled.astype(self.dtype), guidance)

@@ -14,21 +14,23 @@ from jaxtyping import Array, Float
 
 from smart_grpo_jax.core.errors import UserError, nearest
 from smart_grpo_jax.models.initializers import ONES, SMALL, XAVIER
-from smart_grpo_jax.models.lora import LoRA, LoRADense
+from smart_grpo_jax.models.lora import AtUse, LoRA, LoRADense, as_is
 
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """What all parts of one network share: config, adapters, compute dtype, attention."""
+    """What all parts of one network share: config, adapters, compute dtype, attention, parameters at use."""
 
     config: Any
     lora: LoRA
     dtype: Any
     attention: str
+    at_use: AtUse = as_is
 
     def dense(self, features: int, name: str, kernel_init: Any = XAVIER) -> LoRADense:
         """A linear layer of the network."""
-        return LoRADense(features, self.lora, dtype=self.dtype, kernel_init=kernel_init, name=name)
+        options = {"dtype": self.dtype, "kernel_init": kernel_init, "at_use": self.at_use}
+        return LoRADense(features, self.lora, **options, name=name)
 
 
 def layer_norm(x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import flax.linen as nn
@@ -65,6 +65,16 @@ class LoRA:
         return self.rank > 0 and any(re.search(target, name) for target in self.targets)
 
 
+AtUse = Callable[[str, Array], Array]
+"""at_use(path, leaf) → the leaf as a product wants it: gathered, where a mesh spreads it at rest."""
+
+
+def as_is(path: str, leaf: Array) -> Array:
+    """One device: the leaf itself."""
+    del path
+    return leaf
+
+
 class LoRADense(nn.Module):
     """A dense layer; with an adapter where `lora` says so. Rank 0 creates and reads no 'lora'."""
 
@@ -73,13 +83,14 @@ class LoRADense(nn.Module):
     use_bias: bool = True
     dtype: Any = jnp.float32
     kernel_init: Any = LECUN
+    at_use: AtUse = as_is
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b n"]) -> Float[Array, "*b f"]:
         """W x + bias + (alpha/rank)·b(a x), in the compute dtype."""
         x = x.astype(self.dtype)
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        y = x @ kernel.astype(self.dtype)
+        y = x @ self.at_use("/".join((*self.path, "kernel")), kernel.astype(self.dtype))
         if self.use_bias:
             y = y + self.param("bias", ZEROS, (self.features,)).astype(self.dtype)
         if self.lora.adapts(self.path):

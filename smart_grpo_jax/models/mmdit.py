@@ -31,7 +31,7 @@ from smart_grpo_jax.models.layers import (
     repeat_bias,
     stack,
 )
-from smart_grpo_jax.models.lora import SD3_TARGETS, LoRA
+from smart_grpo_jax.models.lora import SD3_TARGETS, AtUse, LoRA, as_is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +194,7 @@ class MMDiT(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     attention: str = "xla"
+    at_use: AtUse = as_is
 
     @property
     def lora(self) -> LoRA:
@@ -210,7 +211,7 @@ class MMDiT(nn.Module):
         repeats: int = 1,
     ) -> Float[Array, "b h w c"]:
         """The velocity, float32. The last text token counts as `repeats` equal ones."""
-        c, build = self.config, Build(self.config, self.lora, self.dtype, self.attention)
+        c, build = self.config, Build(self.config, self.lora, self.dtype, self.attention, self.at_use)
         b, h, w, _ = x.shape
         image = PatchEmbed(build, name="pos_embed")(x.astype(self.dtype))
         temb = TimeTextEmbed(build, name="time_text_embed")(t, pooled.astype(self.dtype))

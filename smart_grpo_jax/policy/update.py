@@ -110,18 +110,16 @@ def learn(
     or [samples, ...] (Endpoints); `cond` is the table that their `row` indexes."""
     old = state.params
     samples = experience.weight.shape[0]
-    per_update = samples // recipe.updates
 
     def one_pass(state: TrainState, i: Array) -> tuple[TrainState, dict[str, Array]]:
-        order = jax.random.permutation(rng.at(rng.key(knobs.seed, "update", knobs.epoch), i), samples)
-        halves = order[: per_update * recipe.updates].reshape(recipe.updates, per_update)
+        order = _dealt(rng.at(rng.key(knobs.seed, "update", knobs.epoch), i), samples, recipe.updates)
 
-        def one_update(state: TrainState, index: Array) -> tuple[TrainState, dict[str, Array]]:
-            batch = policy.constrain(jax.tree.map(lambda a: a[index], experience))
+        def one_update(state: TrainState, pick: Array) -> tuple[TrainState, dict[str, Array]]:
+            batch = policy.constrain(_picked(experience, pick, recipe.updates))
             grads, metrics = _gradient(policy, recipe, state, old, frozen, cond, batch, knobs)
             return _apply(recipe, state, grads, metrics, knobs)
 
-        return jax.lax.scan(one_update, state, halves)
+        return jax.lax.scan(one_update, state, order)
 
     state, metrics = jax.lax.scan(one_pass, state, jnp.arange(recipe.passes))
     flat = {k: v.reshape(-1) for k, v in metrics.items()}
@@ -129,6 +127,21 @@ def learn(
     worst = {k: v.max() for k, v in flat.items() if k == "ratio_error"}
     means = {k: v.mean() for k, v in flat.items()} | worst | first
     return state._replace(epoch=state.epoch + 1), means | {"skipped": state.counters["skipped"]}
+
+
+def _dealt(key: Array, samples: int, updates: int) -> Int[Array, "updates blocks"]:
+    """Which of each block of `updates` neighbouring samples an update gets: every update one of each.
+
+    So an update sees all prompts, and a sample never leaves the device on which it was drawn.
+    """
+    keys = jax.random.split(key, samples // updates)
+    return jax.vmap(lambda key: jax.random.permutation(key, updates))(keys).T
+
+
+def _picked(experience: Experience, pick: Int[Array, " blocks"], updates: int) -> Experience:
+    """One sample of each block."""
+    blocks = lambda a: a[: len(pick) * updates].reshape(len(pick), updates, *a.shape[1:])
+    return jax.tree.map(lambda a: jax.vmap(lambda rows, i: rows[i])(blocks(a), pick), experience)
 
 
 def _gradient(
@@ -250,8 +263,9 @@ def _draw(batch: Experience, key: Array) -> Draw:
     if isinstance(batch, Transitions):
         return Draw(None, None)
     rows = batch.x0.shape[0]
-    key_t, key_eps = jax.random.split(key)
-    u = (jnp.arange(rows) + jax.random.uniform(key_t, (rows,))) / rows
+    key_t, key_eps, key_order = jax.random.split(key, 3)
+    order = jax.random.permutation(key_order, rows)
+    u = (order + jax.random.uniform(key_t, (rows,))) / rows
     return Draw(0.05 + 0.95 * u, jax.random.normal(key_eps, batch.x0.shape))
 
 
