@@ -199,8 +199,8 @@ def group(rest: str, devices: int) -> list[int]:
     """The devices of the first group of a collective."""
     if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest):
         return [int(pairs[1]), int(pairs[2])]
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
-        return mesh_group(named[1], named[2])
+    if named := MESH_GROUPS.search(rest):
+        return mesh_group(*named.groups())
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
         dims = [int(d) for d in iota[2].split(",")]
         ids = np.arange(math.prod(dims)).reshape(dims)
@@ -212,10 +212,20 @@ def group(rest: str, devices: int) -> list[int]:
     return list(range(devices))
 
 
-def mesh_group(sizes: str, used: str) -> list[int]:
-    """The first group of `mesh['a'=2,'b'=4] {'b'}`."""
+MESH_GROUPS = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:,\s*device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{([^}]*)\}"
+)
+
+
+def mesh_group(sizes: str, dims: str | None, turned: str | None, used: str) -> list[int]:
+    """The first group of `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}`; the order of the devices is
+    left out where it is the natural one."""
     axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
-    ids = np.arange(math.prod(axes.values())).reshape(list(axes.values()))
+    ids = np.arange(math.prod(axes.values()))
+    if dims:
+        ids = ids.reshape([int(d) for d in dims.split(",")])
+        ids = ids.transpose([int(d) for d in turned.split(",")]) if turned else ids
+    ids = ids.reshape(list(axes.values()))
     names = re.findall(r"'([^']+)'", used)
     index = tuple(slice(None) if name in names else 0 for name in axes)
     return np.asarray(ids[index]).ravel().tolist()

@@ -71,6 +71,9 @@ def test_groups_are_read_in_every_notation():
     assert hlo.group("replica_groups={}", 4) == [0, 1, 2, 3]
     assert hlo.group("source_target_pairs={{0,1},{1,0}}", 2) == [0, 1]
     assert hlo.group("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", 8) == [0, 1, 4, 5]
+    turned = "replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) "
+    assert hlo.group(turned + "{'a'}", 8) == [0, 1]
+    assert hlo.group(turned + "{'b'}", 8) == [0, 2, 4, 6]
 
 
 def test_buffers_inside_fusions_are_no_buffers():
