@@ -27,6 +27,11 @@ class Model:
     dtype: str = option("float32", "compute type of the networks", choices=("float32", "bfloat16"))
     t5_length: int = option(256, "T5 tokens per prompt (256: diffusers; 128: Flow-GRPO)", low=1, high=512)
     tiling: bool = option(False, "decode large images in overlapping tiles: less memory, other pixels")
+    attention: str = option(
+        "auto",
+        "attention of the transformer; auto: splash on a TPU, cudnn on a GPU with bfloat16, else xla",
+        choices=("auto", "xla", "chunked", "cudnn", "splash"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,13 +125,14 @@ class Search:
         choices=("none", "offset", "split", "local", "difference"),
     )
     offset: float = option(1.0, "constant of credit = offset", low=0)
+    until: int = option(0, "epochs with the search, plain noise after them; 0: all", low=0)
     execute: str = option(
         "search",
         "what the rollout executes: the search's noise, or plain noise",
         choices=("search", "random"),
     )
     guidance: float = option(-1.0, "guidance inside the search; -1: the sampler's", low=-1)
-    chunk: int = option(0, "states searched at once; 0: all", low=0)
+    chunk: int = option(0, "states searched at once; 0: all; auto: as many as fit", low=0, auto=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +153,7 @@ class Train:
     beta2: float = option(0.999, "AdamW", above=0, high=0.999999)
     grad_clip: float = option(1.0, "largest gradient norm", above=0)
     warmup: int = option(0, "optimizer steps of linear warm-up", low=0)
+    half_life: float = option(0.0, "epochs in which the learning rate halves; 0: it stays", low=0)
     updates_per_epoch: int = option(2, "optimizer steps per pass over an epoch's images", low=1)
     inner_epochs: int = option(1, "passes over an epoch's images", low=1)
     loss: str = option("ppo", "policy loss", choices=("ppo", "guard", "nft", "awm"))
@@ -174,18 +181,18 @@ class Mesh:
     """Devices: data x fsdp x tensor."""
 
     data: int = option(0, "copies of the model; 0: all remaining devices", low=0)
-    fsdp: int = option(1, "devices that share one copy", low=1)
+    fsdp: int = option(1, "devices that share one copy; auto: as few as its size needs", low=1, auto=0)
     tensor: int = option(1, "devices that share one layer", low=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Batch of one call of each kind; 0: all at once."""
+    """Batch of one call of each kind; 0: all at once; auto: as many as fit a device (docs/plan.md)."""
 
-    rollout: int = option(0, "prompt groups per rollout call", low=0)
-    decode: int = option(0, "latents per decode", low=0)
-    reward: int = option(0, "images per reward call", low=0)
-    train: int = option(0, "states per gradient call", low=0)
+    rollout: int = option(0, "prompt groups per rollout call", low=0, auto=-1)
+    decode: int = option(0, "latents per decode", low=0, auto=-1)
+    reward: int = option(0, "images per reward call", low=0, auto=-1)
+    train: int = option(0, "states per gradient call", low=0, auto=-1)
     remat: str = option("none", "what the backward pass recomputes", choices=("none", "dots", "full"))
 
 
@@ -220,6 +227,12 @@ class Log:
     every: int = option(1, "epochs between lines", low=1)
     samples: int = option(24, "prompts of the sample grid", low=1, high=256)
     deadline: float = option(0.0, "seconds a phase may last before the run ends with 75; 0: no limit", low=0)
+    silence: float = option(
+        60.0, "seconds without a sign of life of another process before all end with 75", above=0, high=300
+    )
+    lag: float = option(
+        1800.0, "seconds a process may keep the others waiting before all end with 75; 0: no limit", low=0
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,6 +307,7 @@ class Config:
 RESUMABLE = (
     "train.epochs",
     "train.check_rewards",
+    "model.attention",
     "log.",
     "checkpoint.",
     "memory.",

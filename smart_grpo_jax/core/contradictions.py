@@ -133,6 +133,11 @@ RULES: tuple[tuple[Any, str], ...] = (
         "search.credit = local",
     ),
     (
+        lambda c: c.search.credit == "local" and c.search.until > 0,
+        "search.until: got {c.search.until}, wanted 0 with search.credit = local, which learns from "
+        "the search alone",
+    ),
+    (
         lambda c: c.search.credit == "local" and c.search.members < 1,
         "search.members: got {c.search.members:g}, wanted 1 with search.credit = local",
     ),

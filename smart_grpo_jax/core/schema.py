@@ -28,9 +28,11 @@ def option(
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
+    auto: float | None = None,
 ) -> Any:
-    """A field with its bounds: one of `choices`, or low <= value <= high and value > above."""
-    metadata = {"doc": doc, "choices": choices, "low": low, "high": high, "above": above}
+    """A field with its bounds: one of `choices`, or low <= value <= high and value > above. The word `auto`
+    stands for the number `auto`, where there is one."""
+    metadata = {"doc": doc, "choices": choices, "low": low, "high": high, "above": above, "auto": auto}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -89,7 +91,8 @@ def override(root: type, values: ConfigDict, name: str, text: str) -> None:
             raise UserError(f"{here}: is a section, wanted one of its fields ({fields_there})")
         if i + 1 < len(parts):
             raise UserError(f"{name}: {here} has no fields of its own")
-        node[part] = _parse(kind, text, here)
+        word = fields[part].metadata.get("auto") if text == "auto" else None
+        node[part] = _parse(kind, text, here) if word is None else word
         return None
     return None
 
@@ -143,7 +146,8 @@ def build(cls: type, values: Any, prefix: str = "") -> Any:
         if dataclasses.is_dataclass(kinds[field.name]):
             out[field.name] = build(kinds[field.name], values[field.name], name + ".")
         else:
-            value = _coerce(kinds[field.name], values[field.name], name)
+            given, word = values[field.name], field.metadata["auto"]
+            value = _coerce(kinds[field.name], word if given == "auto" and word is not None else given, name)
             _check_bounds(value, field.metadata, name)
             out[field.name] = value
     return cls(**out)
@@ -200,7 +204,7 @@ def _check_bounds(value: Any, bounds: Mapping[str, Any], name: str) -> None:
         ("high", "≤", lambda b: value > b),
         ("above", ">", lambda b: value <= b),
     ):
-        if bounds[key] is not None and broken(bounds[key]):
+        if bounds[key] is not None and value != bounds["auto"] and broken(bounds[key]):
             raise UserError(f"{name}: got {value:g}, wanted {wanted} {bounds[key]:g}")
 
 
@@ -252,7 +256,7 @@ def _allowed(bounds: Mapping[str, Any]) -> str:
         for key, sign in (("low", "≥"), ("above", ">"), ("high", "≤"))
         if bounds[key] is not None
     ]
-    return " and ".join(parts)
+    return " and ".join(parts) + (" or `auto`" if bounds["auto"] is not None else "")
 
 
 def _sections(cls: type, name: str) -> Iterator[tuple[str, type]]:

@@ -92,10 +92,15 @@ class Pipeline:
         return self.text.encode(prompts, compact)
 
     def velocity_fn(
-        self, rank: int = 0, alpha: float = 0.0, targets: Sequence[str] = (), remat: str = "none"
+        self,
+        rank: int = 0,
+        alpha: float = 0.0,
+        targets: Sequence[str] = (),
+        remat: str = "none",
+        attention: str = "xla",
     ) -> RawVelocity:
         """The raw network as a pure function of {"params": …, "lora": …}."""
-        options = {"rank": rank, "alpha": alpha, "targets": tuple(targets)}
+        options = {"rank": rank, "alpha": alpha, "targets": tuple(targets), "attention": attention}
         return functions.velocity_fn(self.transformer, **options, dtype=self.dtype, remat=remat)
 
     def guided(self, velocity: RawVelocity, scale: float) -> VelocityFn:
