@@ -2,162 +2,169 @@
 
 Every program of an epoch is compiled for the slice on this machine, without weights, by the compiler that
 the slice itself uses; what it says of memory is an answer and not an estimate. Times are: operations are
-counted by us (maths/flops.py), traffic is read from the compiled programs, peaks are published ones. The
-interval is from "every unit always busy" to a utilisation of LOW.
+counted by us (maths/flops.py), traffic is read from the compiled programs, peaks are published ones.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from smart_grpo_jax.core import config as configs
-from smart_grpo_jax.core.config import Config
+from smart_grpo_jax.core.config import Config, searched_steps
 from smart_grpo_jax.core.errors import UserError
+from smart_grpo_jax.jobs import microbatch, plan_numbers, plan_picture, plan_slices, plan_text
+from smart_grpo_jax.jobs.footprint import Footprint
+from smart_grpo_jax.jobs.plan_cache import Cache
+from smart_grpo_jax.jobs.plan_numbers import COUNTED, Phase, Plan
 from smart_grpo_jax.runtime import aot, topologies
-from smart_grpo_jax.runtime.aot import FITS, TOO_LARGE
+from smart_grpo_jax.runtime.aot import FITS, TOO_LARGE, Outcome
 from smart_grpo_jax.runtime.files import write_atomic
-from smart_grpo_jax.runtime.progress import Heartbeat, duration, say, table
+from smart_grpo_jax.runtime.progress import Heartbeat, say
 from smart_grpo_jax.runtime.topologies import GIB, Topology
 
 CHILD = "smart_grpo_jax.jobs.plan_compile"
-PHASES = ("rollout", "update")
+PHASES = ("rollout", "update", "evaluate")
 QUICK, EXACT = 1800.0, 7200.0
 """Seconds that a compiler may take."""
 
-LOW = 0.25
-"""The lower utilisation of the interval: where XLA's attention left an SD3-sized network (25 to 35 %)."""
+TRIES = 3
+"""How often a phase whose microbatches are solved is compiled, half as large each time."""
 
-
-class Phase(NamedTuple):
-    """What is known of one program: its verdict, what was measured, and the reason where it does not fit."""
-
-    name: str
-    verdict: str
-    found: Mapping[str, Any]
-    reason: str
-
-    @property
-    def total(self) -> float:
-        """Bytes on a device while it runs: its own peak, and what else lies there."""
-        return self.found.get("peak_bytes", 0.0) + self.found.get("resident_bytes", 0.0)
+Ask = Callable[[Config, Topology, str], Outcome]
+"""What a program is: ask(config, topology, program)."""
 
 
 def job(config: Config, name: str, exact: bool = False, out: str = "") -> bool:
-    """Plan, print, and write JSON where it is asked for; True where everything fits."""
+    """Plan, print, and write JSON and a picture where they are asked for; True where everything fits."""
     topology = topologies.parse(name)
-    phases = [phase(config, topology, one, exact) for one in PHASES]
-    plan = summary(topology, phases)
-    say(text(topology, phases, plan))
+    plan = planned(config, topology, asker(exact, out))
+    found = plan_numbers.summary(plan)
+    say(plan_text.text(plan, found))
     if out:
-        write_atomic(Path(out), (json.dumps(plan, indent=1) + "\n").encode())
-    return bool(plan["fits"])
+        write_atomic(Path(out), (json.dumps(found, indent=1) + "\n").encode())
+        write_atomic(Path(out).with_suffix(".svg"), plan_picture.svg(plan).encode())
+    return plan.fits
 
 
-def phase(config: Config, topology: Topology, name: str, exact: bool) -> Phase:
-    """One program, compiled in a process of its own."""
-    compiles = topology.chip is None or topology.chip.platform == "tpu"
-    if compiles and topology.chip is not None and importlib.util.find_spec("libtpu") is None:
+def asker(exact: bool, out: str) -> Ask:
+    """Asks a child process; answers are kept beside `out`, so that a plan that was broken off goes on."""
+    cache = Cache(Path(out).with_suffix(".parts") if out else None, exact)
+
+    def ask(config: Config, topology: Topology, program: str) -> Outcome:
+        host = topology if compiled_for(topology) else Topology("cpu", "", topology.chips)
+        request = {
+            "config": configs.to_dict(config),
+            "topology": host.name,
+            "program": program,
+            "compile": compiled_for(topology),
+        }
+        known = cache.get(request)
+        if known is not None:
+            return known
+        doing = "counting" if program == "footprint" or not request["compile"] else "compiling"
+        with Heartbeat(f"{doing}: {program} for {host.name}"):
+            env = aot.environment(host, exact)
+            return cache.put(request, aot.child(CHILD, request, env, EXACT if exact else QUICK))
+
+    return ask
+
+
+def compiled_for(topology: Topology) -> bool:
+    """Whether the compiler of the topology is one that runs here; UserError where it is not installed."""
+    if topology.chip is None:
+        return True
+    if topology.chip.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
         raise UserError('--mode=plan: libtpu is not installed, wanted pip install "smart_grpo_jax[plan]"')
-    host = topology if compiles else Topology("cpu", "", topology.chips)
-    request = {
-        "config": configs.to_dict(config),
-        "topology": host.name,
-        "program": name,
-        "compile": compiles,
-    }
-    with Heartbeat(f"compiling the {name} for {topology.name}"):
-        limit = EXACT if exact else QUICK
-        done = aot.child(CHILD, request, aot.environment(host, exact), limit)
-    if not compiles:
-        return Phase(name, "counted, not compiled", done.found, done.reason)
+    return topology.chip.platform == "tpu"
+
+
+def planned(config: Config, topology: Topology, ask: Ask, names: Sequence[str] = PHASES) -> Plan:
+    """The recipe: settle what is automatic, compile every phase of `names`, look at other slices."""
+    if not compiled_for(topology):
+        config = portable(config)
+    if config.search.steps == "auto":  # the window is measured when training begins
+        config = dataclasses.replace(config, search=dataclasses.replace(config.search, steps="late"))
+    solved = tuple(name for name, value in microbatch.numbers_of(config).items() if value < 0)
+    asked, footprint, why = config, None, "as given"
+    if topology.chip is not None and (microbatch.automatic(config) or not compiled_for(topology)):
+        footprint = footprint_of(config, topology, ask)
+        if isinstance(footprint, Phase):
+            return Plan(topology, (footprint,), {}, why, {})
+    limit = topology.chip.usable if topology.chip else None
+    config, why = microbatch.settle(config, footprint, topology.chips, limit)
+    if footprint is not None and not compiled_for(topology):
+        phases, tries = tuple(counted(config, topology, name, footprint, ask) for name in names), 1
+    else:
+        phases, config, tries = compiled(config, topology, solved, ask, names)
+    mesh = {"data": topology.chips // (config.mesh.fsdp * config.mesh.tensor)}
+    mesh |= {"fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor}
+    numbers = microbatch.numbers_of(config)
+    plan = Plan(topology, phases, mesh, why, numbers, solved, tries, None, searched_steps(config))
+    if not plan.fits and footprint is None and all(p.verdict in (FITS, TOO_LARGE) for p in phases):
+        footprint = footprint_of(config, topology, ask) if topology.chip else None
+    if isinstance(footprint, Footprint):
+        plan = dataclasses.replace(plan, other=plan_slices.other(asked, footprint, topology, plan.fits))
+    return plan
+
+
+def portable(config: Config) -> Config:
+    """With the attention that needs as little memory as a card's own kernel and can be counted anywhere."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention="chunked"))
+
+
+def footprint_of(config: Config, topology: Topology, ask: Ask) -> Footprint | Phase:
+    """The footprint of a config, counted on the mesh of the topology; the failure where it cannot be."""
+    outcome = ask(microbatch.trial(config, topology.chips), topology, "footprint")
+    if "footprint" in outcome.found:
+        return Footprint.from_dict(outcome.found["footprint"])
+    return Phase("footprint", outcome.verdict, {}, outcome.reason)
+
+
+def counted(config: Config, topology: Topology, name: str, footprint: Footprint, ask: Ask) -> Phase:
+    """A phase of a chip whose compiler is not here: its memory by the estimate."""
+    done = ask(config, topology, name)
+    peaks = plan_slices.estimate(config, footprint, topology)
+    peak = peaks["update" if name == "update" else "rollout"]
+    assert topology.chip is not None
+    limit, reason = topology.chip.usable, done.reason
+    if not reason and peak > limit:
+        reason = f"about {peak / GIB:.1f} GiB, {limit / GIB:.2f} usable"
+    found = {**done.found, "peak_bytes": peak, "resident_bytes": 0.0}
+    return Phase(name, COUNTED if done.verdict == FITS else done.verdict, found, reason)
+
+
+def compiled(
+    config: Config, topology: Topology, solved: tuple[str, ...], ask: Ask, names: Sequence[str]
+) -> tuple[tuple[Phase, ...], Config, int]:
+    """Every phase, one after the other; a solved microbatch that turns out too large is halved."""
+    phases: list[Phase] = []
+    most = 1
+    for name in names:
+        one, tries = phase(config, topology, name, ask), 1
+        while one.verdict == TOO_LARGE and tries < TRIES:
+            ways = topology.chips // config.mesh.tensor
+            ours = [n for n in microbatch.PHASES[name] if n in solved]
+            numbers = microbatch.numbers_of(config)
+            smaller = microbatch.halved(numbers, ours, config.prompts.groups, ways)
+            if smaller == numbers:
+                break
+            config, tries = microbatch.with_numbers(config, smaller), tries + 1
+            one = phase(config, topology, name, ask)
+        phases.append(one)
+        most = max(most, tries)
+    return tuple(phases), config, most
+
+
+def phase(config: Config, topology: Topology, name: str, ask: Ask) -> Phase:
+    """One program, compiled in a process of its own."""
+    done = ask(config, topology, name)
     made = Phase(name, done.verdict, done.found, done.reason)
-    limit_bytes = topology.chip.usable if topology.chip else float("inf")
-    if made.verdict == FITS and made.total > limit_bytes:
-        reason = f"{made.total / GIB:.1f} GiB with what else lies there, {limit_bytes / GIB:.2f} usable"
+    limit = topology.chip.usable if topology.chip else float("inf")
+    if made.verdict == FITS and made.total > limit:
+        reason = f"{made.total / GIB:.1f} GiB with what else lies there, {limit / GIB:.2f} usable"
         return made._replace(verdict=TOO_LARGE, reason=reason)
     return made
-
-
-def seconds(topology: Topology, one: Phase) -> tuple[float, float]:
-    """The interval of one program's time in an epoch; (0, 0) where there is nothing to tell it from."""
-    chip, found = topology.chip, one.found
-    if chip is None or "flops" not in found:
-        return 0.0, 0.0
-    compute = found["times"] * found["flops"] / topology.chips / chip.flops
-    traffic = found["times"] * sum(found.get("sent_bytes", {}).values()) / chip.ici
-    return max(compute, traffic), compute / LOW + traffic
-
-
-def summary(topology: Topology, phases: list[Phase]) -> dict[str, Any]:
-    """The plan as plain data."""
-    spans = [seconds(topology, one) for one in phases]
-    low, high = (sum(span[i] for span in spans) for i in (0, 1))
-    flops = sum(p.found.get("times", 0) * p.found.get("flops", 0.0) for p in phases)
-    images = max((p.found.get("images", 0) for p in phases), default=0)
-    chip = topology.chip
-    return {
-        "topology": topology.name,
-        "chips": topology.chips,
-        "hosts": topology.hosts,
-        "fits": all(p.verdict == FITS for p in phases),
-        "limit_bytes": chip.usable if chip else None,
-        "mesh": next((p.found["mesh"] for p in phases if "mesh" in p.found), None),
-        "flops_per_epoch": flops,
-        "flops_per_image": flops / images if images else 0.0,
-        "epoch_seconds": [low, high] if chip else None,
-        "device_hours_per_epoch": [topology.chips * s / 3600 for s in (low, high)] if chip else None,
-        "phases": {
-            p.name: {"verdict": p.verdict, "reason": p.reason, "total_bytes": p.total, **p.found}
-            | ({"seconds": list(span)} if chip else {})
-            for p, span in zip(phases, spans, strict=True)
-        },
-    }
-
-
-def text(topology: Topology, phases: list[Phase], plan: Mapping[str, Any]) -> str:
-    """The plan for a person."""
-    size = lambda value: "" if value is None else f"{value / GIB:.2f}"
-    rows = []
-    for one in phases:
-        f, span = one.found, seconds(topology, one)
-        rows.append(
-            [
-                one.name,
-                one.verdict,
-                *(
-                    size(f.get(key))
-                    for key in ("argument_bytes", "temp_bytes", "peak_bytes", "resident_bytes")
-                ),
-                size(one.total) if one.total else "",
-                f"{f.get('times', 0) * f.get('flops', 0.0) / 1e15:,.1f}" if "flops" in f else "",
-                f"{span[0]:,.0f} … {span[1]:,.0f}" if span[1] else "",
-            ]
-        )
-    head = ["phase", "verdict", "arguments", "temporary", "peak", "beside it", "total", "PFLOP", "seconds"]
-    lines = [table(rows, head), *(f"{p.name}: {p.reason}" for p in phases if p.reason)]
-    lines += [largest(one) for one in phases if one.found.get("buffers")]
-    mesh = plan["mesh"] or {}
-    chip = topology.chip
-    where = f"{topology.name}: {topology.chips} chips on {topology.hosts} hosts" if chip else topology.name
-    lines.append(f"{where}, mesh {' × '.join(f'{k} {v}' for k, v in mesh.items())}")
-    if chip:
-        low, high = plan["epoch_seconds"]
-        hours = plan["device_hours_per_epoch"]
-        work = f"{plan['flops_per_epoch'] / 1e15:,.1f} PFLOP"
-        lines.append(
-            f"GiB on a device, {chip.usable / GIB:.2f} usable. An epoch: {work}, {duration(low)} to "
-            f"{duration(high)}, {hours[0]:,.2f} to {hours[1]:,.2f} device-hours"
-        )
-    return "\n".join(lines)
-
-
-def largest(one: Phase) -> str:
-    """The three largest results of a program, by the name that the program gives them."""
-    found = one.found["buffers"][:3]
-    return f"{one.name}, largest results: " + "; ".join(
-        f"{b['size'] / 2**20:,.0f} MiB {b['shape'][:40]} {b['op_name'][-60:]}" for b in found
-    )

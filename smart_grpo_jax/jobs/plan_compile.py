@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 
 from smart_grpo_jax.core import config as configs
-from smart_grpo_jax.jobs import plan_programs
+from smart_grpo_jax.jobs import footprint, plan_programs
 from smart_grpo_jax.jobs.plan_programs import Paper, Program
 from smart_grpo_jax.jobs.traced import epoch_window, search_mask
 from smart_grpo_jax.maths import flops
@@ -27,18 +28,28 @@ def main(request: str, result: str) -> None:
     topology = topologies.parse(asked["topology"])
     mesh = aot.mesh_of(topology, config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     paper = plan_programs.paper(config, mesh)
+    if asked["program"] == "footprint":
+        write(result, {"mesh": dict(mesh.shape), "footprint": footprint.of(paper).as_dict()})
+        return
     program = plan_programs.PROGRAMS[asked["program"]](paper)
     found: dict[str, Any] = {
         "mesh": dict(mesh.shape),
         "times": program.times,
+        "share": program.share,
         "flops": operations(paper, program, asked["program"]),
         "resident_bytes": on_a_device(program.resident),
-        "images": config.prompts.groups * config.prompts.members,
+        "images": program.images or paper.images,
+        "state_bytes": whole(paper.state),
     }
     aot.counted(result).write_text(json.dumps(found))  # what is known whatever the compiler does
     if asked["compile"]:
         platform = "cpu" if topology.kind == "cpu" else "tpu"
         found |= aot.measure(program.jitted(), program.args, mesh, platform)
+    write(result, found)
+
+
+def write(result: str, found: dict[str, Any]) -> None:
+    """The answer, whole or not at all."""
     temporary = Path(f"{result}.tmp")
     temporary.write_text(json.dumps(found))
     temporary.replace(result)
@@ -61,15 +72,17 @@ def operations(paper: Paper, program: Program, name: str) -> float:
 
 
 def on_a_device(tree: Any) -> float:
-    """Bytes of the leaves' parts on one device."""
+    """Bytes of the leaves' parts on one device; a leaf that stands there twice lies there once."""
     total = 0.0
-    for leaf in jax.tree.leaves(tree):
+    for leaf in {id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values():
         shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
-        size = 1
-        for side in shape:
-            size *= side
-        total += size * leaf.dtype.itemsize
+        total += math.prod(shape) * leaf.dtype.itemsize
     return total
+
+
+def whole(tree: Any) -> float:
+    """Bytes of a tree on all devices together, each part once."""
+    return float(sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)))
 
 
 if __name__ == "__main__":

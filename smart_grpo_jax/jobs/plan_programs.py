@@ -5,8 +5,9 @@ that lie on a mesh, perhaps of devices that are not here.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, cast
 
 import jax
@@ -19,25 +20,29 @@ from smart_grpo_jax.core.types import Conditioning, PyTree, TrainState
 from smart_grpo_jax.data import prompts as prompt_data
 from smart_grpo_jax.hub import abstract, sharding
 from smart_grpo_jax.hub.pipeline import Pipeline
-from smart_grpo_jax.jobs import assemble, judges, traced
+from smart_grpo_jax.jobs import assemble, evaluate, judges, layout, traced
 from smart_grpo_jax.policy import credit, rollout, update
-from smart_grpo_jax.rewards import skeletons
+from smart_grpo_jax.rewards import base, skeletons
 from smart_grpo_jax.runtime.mesh import BATCH_AXES, pad_groups, replicated
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A function, its abstract arguments, which of them are given away, and how often an epoch runs it."""
+    """A function, its abstract arguments, which of them are given away, how often it runs, what lies beside
+    it, the images that all runs make, and the share of epochs that have it."""
 
     fn: Callable[..., Any]
     args: tuple[PyTree, ...]
     donated: tuple[int, ...]
     times: float
     resident: PyTree
+    images: int = 0
+    share: float = 1.0
+    result: PyTree = None
 
     def jitted(self) -> Any:
-        """The function as training compiles it."""
-        return jax.jit(self.fn, donate_argnums=self.donated)
+        """The function as training compiles it; `result` says where its results lie."""
+        return jax.jit(self.fn, donate_argnums=self.donated, out_shardings=self.result)
 
 
 def on_paper(tree: PyTree, where: Any) -> PyTree:
@@ -83,6 +88,11 @@ class Paper:
         return -(-self.config.prompts.groups // self.groups)
 
     @property
+    def images(self) -> int:
+        """Images of an epoch."""
+        return self.config.prompts.groups * self.config.prompts.members
+
+    @property
     def fixed(self) -> dict[str, PyTree]:
         """What a rollout reads beside the policy."""
         return {
@@ -104,12 +114,12 @@ def paper(config: Config, mesh: Mesh) -> Paper:
         model.path, model.dtype, model.t5_length, tiling=model.tiling, layout=sharding.layout(mesh)
     )
     judged = judges.assemble(config, mesh, skeletons.build, on_paper)
-    velocity = assemble.raw_velocity(config, pipe)
+    velocity = assemble.raw_velocity(config, pipe, mesh)
     fns, policy = assemble.functions(config, pipe, velocity, judged, mesh)
     times = assemble.time_grid(config, pipe, config.sampler.steps)
     negative = on_paper(abstract.conditioning(model.path, model.t5_length, 1), everywhere)
-    recipe = assemble.recipe(config)
-    state = jax.eval_shape(partial(update.init_state, recipe), trainable(config, pipe))
+    recipe, learned = assemble.recipe(config), assemble.trainable(config, pipe)
+    state = jax.eval_shape(partial(update.init_state, recipe), learned)
     return Paper(
         config=config,
         mesh=mesh,
@@ -120,18 +130,8 @@ def paper(config: Config, mesh: Mesh) -> Paper:
         times=times,
         shape=assemble.rollout_shape(config, pipe, times),
         frozen={"params": pipe.params["transformer"], "negative": negative},
-        state=on_paper(state, everywhere),
+        state=on_paper(state, layout.of_state(config, pipe, mesh, recipe, learned)),
     )
-
-
-def trainable(config: Config, pipe: Pipeline) -> PyTree:
-    """What is trained, as float32 shapes."""
-    adapter = config.adapter
-    if adapter.kind == "full":
-        learned = assemble.without(pipe.params["transformer"], pipe.transformer.fixed)
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32), learned)
-    net, _, *inputs = pipe.adapter(adapter.rank, adapter.alpha, adapter.targets)
-    return jax.eval_shape(net.init, jax.random.key(0), *inputs)["lora"]
 
 
 def rollout_program(p: Paper) -> Program:
@@ -140,22 +140,20 @@ def rollout_program(p: Paper) -> Program:
     knobs = on_paper(traced.rollout_knobs(p.config, p.times, 0), p.everywhere)
     fn = partial(rollout.act, p.fns, p.shape)
     rest = {"average": p.state.ema, "optimizer": p.state.opt_state}
-    return Program(fn, (params, knobs, batch(p)), (), p.calls, rest)
+    return Program(fn, (params, knobs, batch(p)), (), p.calls, rest, p.images)
 
 
 def batch(p: Paper) -> rollout.Batch:
     """The prompts of one call."""
     known = prompt_data.load(p.config.prompts.source, p.config.prompts.strict).prompts
-    texts = [known[i % len(known)] for i in range(p.groups)]
-    index = cast(jax.Array, np.zeros(p.groups, np.int32))
-    made = rollout.Batch(
-        index,
-        p.conditioning(p.groups),
-        p.judged.training.prepare(texts),
-        p.judged.search.prepare(texts),
-        index,
-    )
-    return on_paper(made, p.everywhere)
+    return prompts(p, [known[i % len(known)] for i in range(p.groups)], p.judged.training)
+
+
+def prompts(p: Paper, texts: Sequence[str], reward: base.Reward) -> rollout.Batch:
+    """These prompts as the rows of a call."""
+    index = cast(jax.Array, np.zeros(len(texts), np.int32))
+    cond, ctx = p.conditioning(len(texts)), (reward.prepare(texts), p.judged.search.prepare(texts))
+    return on_paper(rollout.Batch(index, cond, *ctx, index), p.everywhere)
 
 
 def update_program(p: Paper) -> Program:
@@ -175,7 +173,41 @@ def update_program(p: Paper) -> Program:
         on_paper(traced.update_knobs(p.config, p.times, 0), p.everywhere),
     )
     fn = partial(update.learn, p.policy, assemble.recipe(p.config))
-    return Program(fn, args, (0,), 1, p.fixed)
+    where = jax.tree.map(lambda a: a.sharding, p.state)
+    return Program(fn, args, (0,), 1, p.fixed, p.images, result=(where, p.everywhere))
+
+
+def evaluate_program(p: Paper) -> Program:
+    """Look: the averaged weights along the ODE, in one of the calls of an evaluation."""
+    config, members = p.config, p.config.eval.seeds
+    run = cast(
+        assemble.Run,
+        SimpleNamespace(
+            config=config,
+            shape=p.shape,
+            pipeline=p.pipe,
+            velocity=assemble.raw_velocity(config, p.pipe, p.mesh),
+            fns=p.fns,
+            eval_reward=p.judged.evaluation,
+            mesh=p.mesh,
+        ),
+    )
+    known = prompt_data.load(config.eval.source, config.prompts.strict, field="eval.source")
+    items = prompt_data.evaluation_items(known, config.eval.prompts)
+    size, calls = evaluate.groups_per_call(run, len(items))
+    times = assemble.time_grid(config, p.pipe, config.sampler.eval_steps)
+    knobs = evaluate.eval_knobs(config, times, config.eval.search, evaluate.EVAL_SEED)
+    texts = [items[i % len(items)].text for i in range(size)]
+    params = {"policy": p.policy.bind(p.frozen, p.state.ema), **p.fixed}
+    args = (
+        params | {"reward": p.judged.evaluation.params},
+        on_paper(knobs, p.everywhere),
+        prompts(p, texts, p.judged.evaluation),
+    )
+    fn = partial(rollout.act, evaluate.eval_functions(run), evaluate.eval_shape(run, config.eval.search))
+    rest = {"learned": p.state.params, "optimizer": p.state.opt_state}
+    share = 1 / config.eval.every if config.eval.every else 0.0
+    return Program(fn, args, (), calls, rest, len(items) * members, share)
 
 
 def stretched(have: int, want: int, members: int, acted: rollout.Acted) -> rollout.Acted:
@@ -201,5 +233,9 @@ def spread_rows(mesh: Mesh, tree: PyTree) -> PyTree:
     return jax.tree.map(lie, tree)
 
 
-PROGRAMS: dict[str, Callable[[Paper], Program]] = {"rollout": rollout_program, "update": update_program}
+PROGRAMS: dict[str, Callable[[Paper], Program]] = {
+    "rollout": rollout_program,
+    "update": update_program,
+    "evaluate": evaluate_program,
+}
 """The phases of an epoch that are worth planning."""

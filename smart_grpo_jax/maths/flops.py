@@ -50,7 +50,7 @@ def _conv(eqn) -> float:
 PRODUCTS = {"dot_general": _dot_general, "conv_general_dilated": _conv}
 
 
-def _repeats(eqn) -> int:
+def repeats(eqn) -> int:
     """How often the body of an equation runs: steps of a scan, shards of a shard_map, cells of a kernel."""
     if eqn.primitive.name == "scan":
         return eqn.params["length"]
@@ -62,11 +62,11 @@ def _repeats(eqn) -> int:
     return 1
 
 
-def _bodies(value: Any) -> Iterator[Any]:
+def bodies(value: Any) -> Iterator[Any]:
     """The jaxprs inside a parameter of an equation."""
     if isinstance(value, (tuple, list)):
         for item in value:
-            yield from _bodies(item)
+            yield from bodies(item)
     elif hasattr(value, "eqns"):
         yield value
     elif hasattr(value, "jaxpr"):
@@ -80,10 +80,10 @@ def _jaxpr(jaxpr) -> Tally:
         if name in PRODUCTS:
             flops += PRODUCTS[name](eqn)
             continue
-        bodies = [_jaxpr(body) for value in eqn.params.values() for body in _bodies(value)]
-        loops += sum(body.while_loops for body in bodies) + (name == "while")
+        inner = [_jaxpr(body) for value in eqn.params.values() for body in bodies(value)]
+        loops += sum(body.while_loops for body in inner) + (name == "while")
         if name == "cond":
-            flops += max(body.flops for body in bodies)
+            flops += max(body.flops for body in inner)
         else:
-            flops += _repeats(eqn) * sum(body.flops for body in bodies)
+            flops += repeats(eqn) * sum(body.flops for body in inner)
     return Tally(flops, loops)

@@ -1,8 +1,10 @@
 """The plan: the same programs with the same arguments as training, on paper."""
 
 import dataclasses
+import itertools
 import json
 import math
+from xml.etree import ElementTree
 
 import jax
 import numpy as np
@@ -10,14 +12,32 @@ import pytest
 
 from smart_grpo_jax import main as entry
 from smart_grpo_jax.core import config as configs
+from smart_grpo_jax.core.errors import UserError
 from smart_grpo_jax.data import prompts as prompt_data
-from smart_grpo_jax.jobs import assemble, judges, plan, plan_programs, traced
+from smart_grpo_jax.jobs import (
+    assemble,
+    evaluate,
+    judges,
+    microbatch,
+    plan,
+    plan_numbers,
+    plan_picture,
+    plan_programs,
+    plan_sweep,
+    plan_text,
+    traced,
+)
+from smart_grpo_jax.jobs.footprint import Held, Line
+from smart_grpo_jax.jobs.plan_cache import Cache
+from smart_grpo_jax.jobs.plan_numbers import Phase, Plan
 from smart_grpo_jax.main import run_file
 from smart_grpo_jax.policy import credit, rollout
 from smart_grpo_jax.rewards import base, skeletons
+from smart_grpo_jax.runtime import aot
 from smart_grpo_jax.runtime.mesh import make_mesh
 from smart_grpo_jax.runtime.topologies import CHIPS, GIB, parse
 from tests.jobs import tiny_run
+from tests.jobs.test_microbatch import PRINT
 
 
 def tiny(tmp_path, **changes):
@@ -67,6 +87,14 @@ def test_the_programs_on_paper_have_the_arguments_of_training(name, tmp_path):
     for one, other in zip(planned, jax.tree.leaves(experience), strict=True):
         assert one.shape[1:] == other.shape[1:] and one.shape[0] == other.shape[0] * calls
     assert shapes(learn.args[1]) == shapes(run.frozen)
+    look = plan_programs.evaluate_program(paper)
+    items = run.eval_items
+    size, calls = evaluate.groups_per_call(run, len(items))
+    batch, _ = assemble.make_batch(run, [i.text for i in items[:size]], size, run.eval_reward, range(size))
+    times = assemble.time_grid(config, run.pipeline, config.sampler.eval_steps)
+    knobs = evaluate.eval_knobs(config, times, False, 0)
+    params = run.rollout_params(state.ema) | {"reward": run.eval_reward.params}
+    assert shapes(look.args) == shapes((params, knobs, batch)) and look.times == calls
 
 
 TRUE_SIZES = {"image_reward": 446e6 - 0.93e6, "aesthetic": 304e6, "pick_score": 633e6, "hps": 633e6}
@@ -103,25 +131,152 @@ def test_rewards_on_paper_are_no_copies_of_each_other(tmp_path):
 
 
 def phase(name, **found):
-    return plan.Phase(name, plan.FITS, found, "")
+    return Phase(name, aot.FITS, found, "")
+
+
+def answer(topology, *phases, **rest):
+    made = Plan(topology, phases, {"data": 4, "fsdp": 4, "tensor": 1}, "as given", NUMBERS, **rest)
+    return made, plan_numbers.summary(made)
+
+
+NUMBERS = {"rollout": 2, "decode": 16, "reward": 16, "chunk": 16, "train": 144}
 
 
 def test_the_summary_adds_up():
-    """Two programs on 16 chips: 1 PFLOP at 197 TFLOP/s each, and what they send at 200 GB/s."""
+    """Two programs on 16 chips: 1 PFLOP at 197 TFLOP/s each, and what they send at 200 GB/s; an evaluation
+    of the same work every tenth epoch."""
     here = parse("v5e:4x4")
     both = [
-        phase("rollout", times=2, flops=5e14, images=100, peak_bytes=2 * GIB, resident_bytes=GIB, mesh={}),
+        phase("rollout", times=2, flops=5e14, images=100, peak_bytes=2 * GIB, resident_bytes=GIB),
         phase("update", times=1, flops=1e15, images=100, peak_bytes=GIB, sent_bytes={"fsdp": 4e11}),
+        phase("evaluate", times=4, flops=2.5e14, images=60, share=0.1),
     ]
-    found = plan.summary(here, both)
+    made, found = answer(here, *both)
     compute = 1e15 / 16 / CHIPS["v5e"].flops
-    assert found["fits"] and found["flops_per_image"] == 2e13
+    low, high = compute + max(compute, 2.0) + 0.1 * compute, 2.1 * compute / plan_numbers.LOW + 2.0
+    assert found["fits"]
+    np.testing.assert_allclose(found["flops_per_image"], 2.1e13)
     assert found["phases"]["rollout"]["total_bytes"] == 3 * GIB
-    np.testing.assert_allclose(found["epoch_seconds"][0], compute + max(compute, 2.0))
-    np.testing.assert_allclose(found["epoch_seconds"][1], 2 * compute / plan.LOW + 2.0)
-    np.testing.assert_allclose(found["device_hours_per_epoch"][0], found["epoch_seconds"][0] * 16 / 3600)
+    np.testing.assert_allclose(found["epoch_seconds"], [low, high])
+    np.testing.assert_allclose(found["images_per_second"], [100 / high, 100 / low])
+    np.testing.assert_allclose(found["device_hours_per_epoch"][0], low * 16 / 3600)
     json.dumps(found)
-    assert "v5e:4x4: 16 chips on 2 hosts" in plan.text(here, both, found)
+    told = plan_text.text(made, found)
+    assert "fits: yes; rollout takes 3.00 of 15.75 GiB" in told
+    assert "v5e:4x4: 16 chips on 2 hosts, mesh data 4 × fsdp 4 × tensor 1 (as given)" in told
+    assert "fsdp 372.53" in told and "2 groups per rollout" in told
+
+
+def test_memory_bounds_the_upper_end_and_slices_are_far_apart():
+    """8.19e12 bytes at 819 GB/s are ten seconds; between slices a chip has an eighth of 3.1 GB/s."""
+    near, far = parse("v5e:4x4"), parse("2xv5e:4x4")
+    one = phase("update", times=1, flops=0.0, memory_bytes=8.19e12, sent_bytes={"data": 3.1e9, "fsdp": 2e11})
+    chip = CHIPS["v5e"]
+    assert plan_numbers.seconds(near, one) == pytest.approx((203.1e9 / chip.ici, 10.0 + 203.1e9 / chip.ici))
+    assert plan_numbers.seconds(far, one)[1] == pytest.approx(10.0 + 2e11 / chip.ici + 8.0)
+
+
+def test_what_earlier_calls_left_lies_beside_a_rollout():
+    one = phase("rollout", times=3, peak_bytes=5.0, output_bytes=2.0, resident_bytes=1.0)
+    assert one.beside == 1.0 + 2 * 2.0 and one.total == 10.0
+
+
+def test_the_picture_stacks_up_to_the_total():
+    here = parse("v5e:4x4")
+    one = phase("rollout", peak_bytes=5 * GIB, argument_bytes=2 * GIB, resident_bytes=GIB)
+    made, _ = answer(here, one, Phase("update", aot.CRASHED, {}, "Check failed"))
+    assert [part / GIB for part in plan_picture.stacked(one)] == [1, 2, 3]
+    drawn = plan_picture.svg(made)
+    ElementTree.fromstring(drawn)
+    assert "usable 15.75" in drawn and "does not fit" in drawn and "compiler crashed" in drawn
+
+
+class Asked:
+    """A compiler that refuses what takes more rows than it likes."""
+
+    def __init__(self, fits, footprint=PRINT):
+        self.fits, self.footprint, self.seen = fits, footprint, []
+
+    def __call__(self, config, topology, program):
+        self.seen.append((program, microbatch.numbers_of(config)))
+        if program == "footprint":
+            return aot.Outcome(aot.FITS, {"footprint": self.footprint.as_dict()})
+        if self.fits(program, config):
+            return aot.Outcome(aot.FITS, {"times": 1, "peak_bytes": 3.0 * GIB, "flops": 1.0, "images": 9})
+        return aot.Outcome(aot.TOO_LARGE, {"times": 1}, "RESOURCE_EXHAUSTED")
+
+
+def automatic(tmp_path):
+    names = ("memory__rollout", "memory__decode", "memory__reward", "memory__train", "search__chunk")
+    return tiny(tmp_path, mesh__fsdp="auto", **dict.fromkeys(names, "auto"))
+
+
+def test_a_solved_microbatch_that_does_not_fit_is_halved_and_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "compiled_for", lambda topology: True)
+    config = automatic(tmp_path)
+    light = dataclasses.replace(PRINT, gradient=Line(0.0, 0.05 * GIB))
+    ask = Asked(lambda program, c: program != "update" or c.memory.train <= 300, light)
+    made = plan.planned(config, parse("v5e:2x2"), ask)
+    trained = [numbers["train"] for program, numbers in ask.seen if program == "update"]
+    assert made.fits and len(trained) == made.tries > 1 and trained[-1] == made.numbers["train"]
+    assert all(one > other for one, other in itertools.pairwise(trained))
+    assert set(made.solved) == {"rollout", "decode", "reward", "chunk", "train"}
+    assert "solved: " in plan_text.text(made, plan_numbers.summary(made))
+
+
+def test_halving_is_bounded_and_what_was_given_is_never_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "compiled_for", lambda topology: True)
+    ask = Asked(lambda program, c: False)
+    made = plan.planned(automatic(tmp_path), parse("v5e:2x2"), ask)
+    assert not made.fits and sum(program == "update" for program, _ in ask.seen) <= plan.TRIES
+    ask = Asked(lambda program, c: False)
+    made = plan.planned(tiny(tmp_path, memory__train="8"), parse("v5e:2x2"), ask)
+    assert [program for program, _ in ask.seen] == [*plan.PHASES, "footprint"]
+    assert made.other is not None and made.numbers["train"] == 8
+    assert "fits: no; rollout: does not fit" in plan_text.text(made, plan_numbers.summary(made))
+
+
+def test_what_cannot_be_compiled_here_is_an_estimate_and_says_so(tmp_path):
+    config, ask = automatic(tmp_path), Asked(lambda program, c: c.model.attention == "chunked")
+    made = plan.planned(config, parse("gpu:h200:8"), ask)
+    assert made.fits and {p.verdict for p in made.phases} == {plan_numbers.COUNTED}
+    assert "an estimate: nothing was compiled" in plan_text.text(made, plan_numbers.summary(made))
+    huge = dataclasses.replace(PRINT, fixed=Held(900.0 * GIB, 0.0))
+    made = plan.planned(config, parse("gpu:h200:8"), Asked(lambda program, c: True, huge))
+    assert not made.fits and "usable" in made.phases[0].reason
+
+
+def test_answers_are_kept_and_asked_for_once(tmp_path):
+    kept = Cache(tmp_path / "parts", exact=False)
+    request = {"config": {"a": 1}, "topology": "v5e:2x2", "program": "update", "compile": True}
+    done = aot.Outcome(aot.TOO_LARGE, {"peak_bytes": 3.0}, "why")
+    assert kept.get(request) is None
+    kept.put(request, done)
+    assert kept.get(request) == done
+    assert kept.get(request | {"config": {"a": 2}}) is None
+    assert Cache(tmp_path / "parts", exact=True).get(request) is None
+    kept.put(request | {"program": "rollout"}, aot.Outcome(aot.LATE, {}, "no answer"))
+    assert kept.get(request | {"program": "rollout"}) is None
+
+
+def test_a_sweep_takes_slices_with_their_meshes_and_has_a_row_for_each(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "compiled_for", lambda topology: True)
+    monkeypatch.setattr(plan, "asker", lambda exact, out: Asked(lambda program, c: c.mesh.fsdp > 1))
+    out = tmp_path / "sweep.json"
+    assert plan_sweep.job(tiny(tmp_path), "v5e:2x2, v5e:2x4@fsdp=4+tensor=2", out=str(out))
+    found = json.loads(out.read_text())["plans"]
+    assert [(one["topology"], one["fits"]) for one in found] == [("v5e:2x2", False), ("v5e:2x4", True)]
+    assert found[1]["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
+    rows = capsys.readouterr().out
+    assert "1 × 4 × 2" in rows and "does not fit" in rows
+    for text, hint in (
+        ("v5e:2x2@fsd=2", "fsdp"),
+        ("v5e:2x2@fsdp=x", "number"),
+        ("v5e:3x3", "sold"),
+        (" ", "empty"),
+    ):
+        with pytest.raises(UserError, match=hint):
+            plan_sweep.job(tiny(tmp_path), text)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +285,7 @@ def test_the_summary_adds_up():
         ([], "--topology: is missing"),
         (["--topology=v5e:3x3"], "v5e is sold as"),
         (["--topology=v5e:2x2", "--check"], "--check: got --mode=plan"),
+        (["--sweep=v5e:2x2@fsdp=many"], "--sweep: got"),
     ],
 )
 def test_a_mistake_is_one_line(flags, hint, capsys):
@@ -145,6 +301,8 @@ def test_a_plan_for_this_kind_of_machine_names_the_peak_that_the_compiler_gives(
     assert entry.main(command) == 0
     found = json.loads(out.read_text())
     assert found["fits"] and found["mesh"] == {"data": 2, "fsdp": 1, "tensor": 1}
+    assert set(found["phases"]) == set(plan.PHASES) and found["saved_bytes"] > 0
+    ElementTree.parse(out.with_suffix(".svg"))
     for one in found["phases"].values():
         assert one["peak_bytes"] >= one["temp_bytes"] > 0 and one["flops"] > 0
     assert "rollout" in capsys.readouterr().out
