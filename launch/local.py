@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MAIN = "smart_grpo_jax.main"
 DEVICE_COUNT = "--xla_force_host_platform_device_count"
 PR_SET_PDEATHSIG = 1
+PLEASE_RESTART = 75
 
 
 def main(argv: Sequence[str]) -> int:
@@ -116,8 +117,13 @@ class Job:
                 continue
 
     def follow(self) -> int:
-        """Waits for all; after a first failure the others get the grace period, then SIGTERM, SIGKILL."""
+        """Waits for all; after a first failure the others get the grace period, then SIGTERM, SIGKILL.
+
+        The first failure is the job's, but where a signal ended that process, and another says that the same
+        command goes on (75), that is the answer.
+        """
         first: tuple[int, int] | None = None
+        restart: tuple[int, int] | None = None
         deadlines: list[tuple[float, signal.Signals]] = []
         running = len(self.children)
         while running:
@@ -126,6 +132,8 @@ class Job:
                 running -= 1
             except queue.Empty:
                 code = rank = 0
+            if code == PLEASE_RESTART and restart is None:
+                restart = (rank, code)
             if code and first is None:
                 first = (rank, code)
                 now = time.monotonic()
@@ -134,12 +142,16 @@ class Job:
                     self.say(
                         f"process {rank} ended with exit code {code}; {running} others have {self.grace:g} s"
                     )
+            elif code:
+                self.say(f"process {rank} ended with exit code {code}")
             while deadlines and running and time.monotonic() >= deadlines[0][0]:
                 _, number = deadlines.pop(0)
                 self.say(f"{running} still running: {number.name}")
                 self.signal_all(number)
         if first is None:
             return 0
+        if first[1] >= 128 and restart is not None:
+            first = restart
         self.say(f"exit code {first[1]}, from process {first[0]}")
         return first[1]
 

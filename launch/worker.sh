@@ -104,6 +104,7 @@ run_again() {
     quote "$@"
     return
   fi
+  export SGRPO_SUPERVISED=1 # a run that was stopped before its end asks for a restart with 75
   trap 'stopping=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null' TERM INT
   while :; do
     "$@" &

@@ -22,7 +22,7 @@ class Flags:
     mode: str = "train"
     prompts: str | None = None
     seed: int = 0
-    seeds: int = 1
+    seeds: int | None = None
     size: str | None = None
     steps: int | None = None
     guidance: float | None = None
@@ -35,19 +35,40 @@ class Flags:
     examples: str = ""
     topology: str | None = None
     json: str = ""
+    sweep: str = ""
+    profile: int | None = None
+    against: str | None = None
+    costs: str | None = None
+    reference: str | None = None
+    expect: str | None = None
+    results: str | None = None
+    arms: str | None = None
+    runs: tuple[str, ...] = ()
     switches: tuple[str, ...] = ()
     help: bool = False
     overrides: tuple[tuple[str, str], ...] = ()
 
 
-SWITCHES = {"check": "rewards", "bench": "rewards", "audit": "rewards", "exact": "plan"}
+SWITCHES = {
+    "check": "rewards", "bench": "rewards", "audit": "rewards", "exact": "plan", "dry-run": "experiment",
+}  # fmt: skip
 """Flags without a value, and the mode that they belong to."""
-WHOLE = ("seed", "seeds", "steps", "batch", "epoch")
+OF_A_MODE = {
+    **SWITCHES, "profile": "train", "sweep": "plan", "topology": "plan", "json": "plan",
+    "against": "compare", "reference": "compare", "expect": "compare", "results": "compare",
+    "arms": "experiment",
+}  # fmt: skip
+WORDY = "compare"
+"""The mode whose arguments are words: run folders."""
+BARE = {"profile": "0"}
+"""Flags that may stand without a value, and the value that they then have."""
+WHOLE = ("seed", "seeds", "steps", "batch", "epoch", "profile")
 NUMBERS = ("guidance",)
 CHOICES = {"weights": ("ema", "raw"), "format": ("lora", "full", "orbax", "all")}
 NAMES = (
     "config", "workdir", "mode", "prompts", "size", "lora", "weights", "format", "out", "examples",
-    "topology", "json", *WHOLE, *NUMBERS,
+    "topology", "json", "sweep", "against", "costs", "reference", "expect", "results", "arms",
+    *WHOLE, *NUMBERS,
 )  # fmt: skip
 
 
@@ -56,15 +77,19 @@ def parse(argv: Sequence[str], modes: Iterable[str]) -> Flags:
     values: dict[str, str] = {}
     overrides: list[tuple[str, str]] = []
     switches: list[str] = []
+    words: list[str] = []
     rest = list(argv)
     while rest:
         word = rest.pop(0)
         if word in ("-h", "--help", "help"):
             return Flags(help=True)
         if not word.startswith("--"):
-            raise UserError(f'command line: got "{word}", wanted --flag=value (see --help)')
+            words.append(word)
+            continue
         name, given, value = word[2:].partition("=")
-        if not given and name not in SWITCHES:
+        if name in BARE:
+            value = _counted(name, value) if given else BARE[name]
+        elif not given and name not in SWITCHES:
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"--{name}: has no value, wanted --{name}=VALUE")
             value = rest.pop(0)
@@ -76,27 +101,37 @@ def parse(argv: Sequence[str], modes: Iterable[str]) -> Flags:
             values[name] = value
         else:
             raise UserError(f"--{name}: no such flag ({nearest(name, (*NAMES, *SWITCHES))})")
-    _check_mode(values.get("mode", "train"), modes, switches)
+    bound = [name for name in (*switches, *values) if name in OF_A_MODE]
+    _check_mode(values.get("mode", "train"), modes, bound, words)
     for name, known in CHOICES.items():
         if name in values and values[name] not in known:
             raise UserError(f'--{name}: got "{values[name]}" ({nearest(values[name], known)})')
     numbers: dict[str, float] = {name: _whole(name, values.pop(name)) for name in WHOLE if name in values}
     numbers |= {name: _number(name, values.pop(name)) for name in NUMBERS if name in values}
-    return Flags(**values, **numbers, switches=tuple(switches), overrides=tuple(overrides))  # type: ignore[arg-type]
+    lists = {"switches": tuple(switches), "overrides": tuple(overrides), "runs": tuple(words)}
+    return Flags(**values, **numbers, **lists)  # type: ignore[arg-type]
 
 
-def _check_mode(mode: str, modes: Iterable[str], switches: Sequence[str]) -> None:
+def _check_mode(mode: str, modes: Iterable[str], switches: Sequence[str], words: Sequence[str]) -> None:
+    if words and mode != WORDY:
+        raise UserError(f'command line: got "{words[0]}", wanted --flag=value (see --help)')
     if mode not in modes:
         raise UserError(f'--mode: got "{mode}" ({nearest(mode, modes)})')
     for switch in switches:
-        if mode != SWITCHES[switch]:
-            raise UserError(f"--{switch}: got --mode={mode}, wanted --mode={SWITCHES[switch]}")
+        if mode != OF_A_MODE[switch]:
+            raise UserError(f"--{switch}: got --mode={mode}, wanted --mode={OF_A_MODE[switch]}")
 
 
 def _switch(name: str, value: str) -> str:
     if value:
         raise UserError(f'--{name}: got "{value}", wanted no value')
     return name
+
+
+def _counted(name: str, text: str) -> str:
+    if not text.isdigit() or not int(text):
+        raise UserError(f'--{name}: got "{text}", wanted a number of an epoch, or no value at all')
+    return text
 
 
 def _whole(name: str, text: str) -> int:

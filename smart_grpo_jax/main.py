@@ -23,6 +23,7 @@ USAGE = """python -m smart_grpo_jax.main --config=FILE[:WORDS] [--workdir=DIR] [
 
 modes:
   train     (default) train, evaluate, write report.html; the same command again goes on where it stopped
+            (--profile keeps a trace of the third epoch, --profile=N of epoch N)
   eval      newest checkpoint of --workdir against the base, on equal noise      [--epoch=N]
   sample    pictures: --prompts="a|b" or --prompts=FILE  [--seed=N] [--seeds=N] [--size=H or HxW] [--steps=N]
             [--guidance=G] [--lora=FILE or DIR] [--batch=N] [--epoch=N] [--out=DIR]
@@ -35,8 +36,13 @@ modes:
             --bench  images/s, model FLOPs utilisation, compile time and memory of each
             --audit  at which steps the search pays: table, audit.json, audit.svg in --workdir
   plan      does the config fit a slice, and what would an epoch cost: --topology=v5e:4x4 | v5p-16 | cpu:8 |
-            gpu:h200:8  [--exact] [--json=FILE]; needs no device and no weights
+            gpu:h200:8  [--exact] [--json=FILE] (and FILE.svg); needs no device and no weights
+            --sweep=v5e:2x4,v5e:4x4@fsdp=4  compares slices and meshes
   report    write report.html again from what the run folder holds
+  compare   RUN RUN … (folders, globs, results files): at equal epochs, cost and time, with intervals
+            [--against=ARM] [--costs=FILE] [--out=DIR] [--reference=FILE] [--expect=FILE] [--results=FILE]
+  experiment  --config=configs/paper/NAME.py[:sd35]: all its runs, then compare  [--arms=A,B] [--seeds=N]
+            [--seed=FIRST] [--dry-run] [--costs=FILE]
   doctor    what this machine has, and a self-test of a second
 Every field of the config is in docs/config.md."""
 
@@ -82,9 +88,7 @@ def run_file(given: str) -> ConfigDict:
 
     `FILE:words` hands the words to its `get_config`, as ml_collections' flags do.
     """
-    path, colon, words = given, "", ""
-    if not os.path.isfile(given):
-        path, colon, words = given.rpartition(":") if ":" in given else (given, "", "")
+    path, words, colon = config_words(given)
     if not os.path.isfile(path):
         near = nearest(path, [str(p) for p in Path("configs").glob("*.py")] or ["configs/shapes.py"])
         raise UserError(f"--config: no file {path} ({near})")
@@ -100,6 +104,14 @@ def run_file(given: str) -> ConfigDict:
     if not isinstance(values, ConfigDict):
         raise UserError(f"--config: {path} get_config() gave {type(values).__name__}, wanted a ConfigDict")
     return values
+
+
+def config_words(given: str) -> tuple[str, str, bool]:
+    """`FILE:words` → the file, the words, and whether there is a colon (a file's name may hold one, too)."""
+    if os.path.isfile(given) or ":" not in given:
+        return given, "", False
+    path, _, words = given.rpartition(":")
+    return path, words, True
 
 
 def workdir(flags: Flags) -> str:
@@ -122,18 +134,26 @@ def _start() -> None:
     distributed.initialise()
 
 
+def _settled(config: Config) -> Config:
+    """After `_start`: numbers in the place of `auto`."""
+    from smart_grpo_jax.jobs import settle
+
+    return settle.settled(config)
+
+
 def _train(config: Config, flags: Flags, argv: Sequence[str]) -> None:
     _start()
     from smart_grpo_jax.jobs import train
 
-    train.job(config, workdir(flags), ["python", "-m", "smart_grpo_jax.main", *argv])
+    command = ["python", "-m", "smart_grpo_jax.main", *argv]
+    train.job(_settled(config), workdir(flags), command, flags.profile)
 
 
 def _eval(config: Config, flags: Flags, argv: Sequence[str]) -> None:
     _start()
     from smart_grpo_jax.jobs import evaluate
 
-    evaluate.job(config, workdir(flags), flags.epoch)
+    evaluate.job(_settled(config), workdir(flags), flags.epoch)
 
 
 def _sample(config: Config, flags: Flags, argv: Sequence[str]) -> None:
@@ -143,7 +163,7 @@ def _sample(config: Config, flags: Flags, argv: Sequence[str]) -> None:
     wanted = sample.Wanted(
         prompts=flags.prompts,
         seed=flags.seed,
-        seeds=flags.seeds,
+        seeds=1 if flags.seeds is None else flags.seeds,
         size=sample.pixels(flags.size),
         steps=flags.steps,
         guidance=flags.guidance,
@@ -152,7 +172,7 @@ def _sample(config: Config, flags: Flags, argv: Sequence[str]) -> None:
         epoch=flags.epoch,
         out=flags.out,
     )
-    sample.job(config, workdir(flags), wanted)
+    sample.job(_settled(config), workdir(flags), wanted)
 
 
 def _export(config: Config, flags: Flags, argv: Sequence[str]) -> None:
@@ -160,7 +180,7 @@ def _export(config: Config, flags: Flags, argv: Sequence[str]) -> None:
     from smart_grpo_jax.jobs import export
 
     export.job(
-        config, workdir(flags), epoch=flags.epoch, weights=flags.weights, form=flags.format, out=flags.out
+        _settled(config), workdir(flags), epoch=flags.epoch, weights=flags.weights, form=flags.format, out=flags.out
     )
 
 
@@ -176,21 +196,61 @@ def _rewards(config: Config, flags: Flags, argv: Sequence[str]) -> None:
     _start()
     from smart_grpo_jax.jobs import rewards
 
-    rewards.job(config, workdir(flags), flags.switches, flags.examples)
+    rewards.job(_settled(config), workdir(flags), flags.switches, flags.examples)
 
 
 def _plan(config: Config, flags: Flags, argv: Sequence[str]) -> None:
-    from smart_grpo_jax.jobs import plan
+    from smart_grpo_jax.jobs import plan, plan_sweep
 
+    exact = "exact" in flags.switches
+    if flags.sweep:
+        plan_sweep.job(config, flags.sweep, exact, flags.json)
+        return
     if flags.topology is None:
         raise UserError("--topology: is missing, wanted a slice such as v5e:4x4, cpu:8 or gpu:h200:8")
-    plan.job(config, flags.topology, "exact" in flags.switches, flags.json)
+    plan.job(config, flags.topology, exact, flags.json)
 
 
 def _report(config: Config, flags: Flags, argv: Sequence[str]) -> None:
     from smart_grpo_jax.jobs import report
 
     print(report.write(Path(workdir(flags))))
+
+
+def _compare(config: Config, flags: Flags, argv: Sequence[str]) -> None:
+    from smart_grpo_jax.jobs import compare
+
+    compare.job(
+        flags.runs,
+        against=flags.against,
+        costs=flags.costs,
+        out=flags.out,
+        reference=flags.reference,
+        results=flags.results,
+        expect=flags.expect,
+    )
+
+
+def _experiment(config: Config, flags: Flags, argv: Sequence[str]) -> None:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # the runs need the accelerator; this process only counts
+    from smart_grpo_jax.jobs import experiment
+
+    if flags.config is None:
+        raise UserError("--config: is missing, wanted an experiment such as configs/paper/table1.py")
+    path, words, _ = config_words(flags.config)
+    experiment.job(
+        path,
+        words,
+        Path(flags.workdir or "runs/experiments"),
+        seeds=flags.seeds,
+        first=flags.seed,
+        arms=flags.arms.split(",") if flags.arms else (),
+        overrides=flags.overrides,
+        dry="dry-run" in flags.switches,
+        costs=flags.costs,
+    )
 
 
 def _doctor(config: Config, flags: Flags, argv: Sequence[str]) -> None:
@@ -209,10 +269,12 @@ MODES: dict[str, Callable[[Config, Flags, Sequence[str]], Any]] = {
     "pretrain": _pretrain,
     "rewards": _rewards,
     "report": _report,
+    "compare": _compare,
+    "experiment": _experiment,
     "doctor": _doctor,
 }
 CHECKED = ("train", "eval", "sample", "export", "rewards")
-NEED_NO_CONFIG = ("doctor", "pretrain", "report", "sample")
+NEED_NO_CONFIG = ("doctor", "pretrain", "report", "sample", "compare", "experiment")
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

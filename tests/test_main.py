@@ -103,7 +103,8 @@ MISTAKES = {
     "beta of one": (override("train.beta2=1"), "train.beta2", "got 1"),
     "rank zero": (override("adapter.rank=0"), "adapter.rank", "got 0"),
     "keep nothing": (override("checkpoint.keep=0"), "checkpoint.keep", "got 0"),
-    "mesh axis zero": (override("mesh.fsdp=0"), "mesh.fsdp", "got 0"),
+    "mesh axis zero": (override("mesh.tensor=0"), "mesh.tensor", "got 0"),
+    "below auto": (override("mesh.fsdp=-1"), "mesh.fsdp", "got -1"),
     "floor above one": (override("search.sigma_floor=2"), "search.sigma_floor", "wanted ≤ 1"),
     "unknown type": (override("model.dtype=float16"), "model.dtype", 'got "float16"'),
     "misspelt choice": (override("sampler.transition=flwo"), "sampler.transition", 'try "flow"'),
@@ -188,6 +189,11 @@ MISTAKES = {
     "one dash": (words("-mode=train"), "command line", "-mode=train"),
     "negative seed of pictures": (words("--mode=sample", "--seed=-1"), "--seed", 'got "-1"'),
     "epoch in words": (words("--mode=eval", "--epoch=last"), "--epoch", 'got "last"'),
+    "words beside another mode": (words("--mode=eval", "runs/a"), "command line", 'got "runs/a"'),
+    "a band without a comparison": (words("--expect=x.json"), "--expect", "wanted --mode=compare"),
+    "dry training": (words("--dry-run"), "--dry-run", "wanted --mode=experiment"),
+    "nothing to compare": (words("--mode=compare"), "--mode=compare", "got no runs"),
+    "no experiment": (words("--mode=experiment"), "--config", "has no EXPERIMENT"),
     "no report yet": (words("--mode=report", "--workdir=no/such/run"), "no/such/run", "no"),
 }  # fmt: skip
 

@@ -7,8 +7,8 @@ the arguments of policy/'s programs; traced.py makes what is traced.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from functools import partial, wraps
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from smart_grpo_jax.core import schema
 from smart_grpo_jax.core.config import Config, searched_steps
@@ -28,7 +28,7 @@ from smart_grpo_jax.data.embeddings import Embeddings
 from smart_grpo_jax.hub import adapters, sharding
 from smart_grpo_jax.hub import pipeline as hub
 from smart_grpo_jax.hub.functions import RawVelocity
-from smart_grpo_jax.jobs import embed, judges, traced
+from smart_grpo_jax.jobs import embed, judges, layout, traced
 from smart_grpo_jax.maths import rng, schedule
 from smart_grpo_jax.models import attention, lora
 from smart_grpo_jax.policy import credit, rollout, update
@@ -65,14 +65,19 @@ class Run:
         config = self.config
         if config.adapter.kind == "full":
             learned = without(self.frozen["params"], self.pipeline.transformer.fixed)
-            params = jax.tree.map(lambda a: jnp.array(a, jnp.float32), learned)
-        else:
-            adapter = self.pipeline.adapter(config.adapter.rank, config.adapter.alpha, config.adapter.targets)
-            key = jax.random.fold_in(rng.key(config.seed, "init"), 1)
-            params = lora.init_lora(key, *adapter)
-            if config.adapter.init:
-                params = self.started(params)
+            # One program, so that no leaf ever lies whole on a device.
+            return jax.jit(partial(first_state, self.recipe), out_shardings=self.where())(learned)
+        adapter = self.pipeline.adapter(config.adapter.rank, config.adapter.alpha, config.adapter.targets)
+        key = jax.random.fold_in(rng.key(config.seed, "init"), 1)
+        params = lora.init_lora(key, *adapter)
+        if config.adapter.init:
+            params = self.started(params)
         return distributed.place(update.init_state(self.recipe, params), replicated(self.mesh))
+
+    def where(self) -> TrainState:
+        """How the state lies on the mesh."""
+        learned = trainable(self.config, self.pipeline)
+        return layout.of_state(self.config, self.pipeline, self.mesh, self.recipe, learned)
 
     def started(self, fresh: PyTree) -> PyTree:
         """Adapters that begin where those of `adapter.init` end."""
@@ -100,6 +105,7 @@ def assemble(
     """
     judges.greet(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    chosen_attention(config, mesh)  # a choice that cannot run is refused before gigabytes are read
     strict = config.prompts.strict
     prompts = prompt_data.load(config.prompts.source, strict)
     if items is None:
@@ -145,6 +151,21 @@ def assemble(
     )
 
 
+def trainable(config: Config, pipe: hub.Pipeline) -> PyTree:
+    """What is trained, as float32 shapes."""
+    adapter = config.adapter
+    if adapter.kind == "full":
+        learned = without(pipe.params["transformer"], pipe.transformer.fixed)
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32), learned)
+    net, _, *inputs = pipe.adapter(adapter.rank, adapter.alpha, adapter.targets)
+    return jax.eval_shape(net.init, jax.random.key(0), *inputs)["lora"]
+
+
+def first_state(recipe: update.Recipe, learned: PyTree) -> TrainState:
+    """The state before the first epoch where all weights are trained: in float32."""
+    return update.init_state(recipe, jax.tree.map(lambda a: jnp.array(a, jnp.float32), learned))
+
+
 def time_grid(
     config: Config, pipe: hub.Pipeline, steps: int, size: tuple[int, int] | None = None
 ) -> np.ndarray:
@@ -162,30 +183,20 @@ def raw_velocity(config: Config, pipe: hub.Pipeline, mesh: Mesh) -> RawVelocity:
     the mesh, however its rows came together."""
     adapter, net = config.adapter, pipe.transformer
     rank = adapter.rank if adapter.kind == "lora" else 0
-    aim = attention.target(mesh.devices.flat[0], pipe.dtype, net.attention_head_dim)
-    chosen = attention.choose(config.model.attention, aim)
+    chosen = chosen_attention(config, mesh, net.attention_head_dim)
     network = partial(pipe.velocity_fn, remat=config.memory.remat, attention=chosen)
     adapted, plain = network(rank, adapter.alpha, adapter.targets), network()
 
     def velocity(params: PyTree, x: Any, t: Any, cond: Conditioning, scale: Any = None, /) -> Any:
         return (adapted if params["lora"] else plain)(params, x, t, cond, scale)
 
-    return laid(mesh, velocity)
+    return layout.laid(mesh, velocity)
 
 
-def laid(mesh: Mesh, fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn(params, batch, ...)` with the rows of its batch, and of what it returns, over the data axes.
-
-    A gather or a join of rows may leave a batch anywhere, and the compiler then follows it through the whole
-    network. Inside, the mesh is known to kernels that must be cut by hand.
-    """
-
-    @wraps(fn)
-    def on_mesh(params: PyTree, *batch: Any) -> Any:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return spread(mesh, fn(params, *spread(mesh, batch)))
-
-    return on_mesh
+def chosen_attention(config: Config, mesh: Mesh, width: int = 64) -> str:
+    """What `model.attention` means on the devices of the mesh, for heads of `width` features."""
+    aim = attention.target(mesh.devices.flat[0], config.model.dtype, width)
+    return attention.choose(config.model.attention, aim)
 
 
 def functions(
@@ -198,7 +209,7 @@ def functions(
     """Velocities with their guidance, decoder and rewards as pure functions."""
     scale = config.sampler.guidance
     in_search = config.search.guidance if config.search.guidance >= 0 else scale
-    constrain, ways = partial(spread, mesh), mesh.shape["data"] * mesh.shape["fsdp"]
+    constrain, ways = partial(layout.spread, mesh), mesh.shape["data"] * mesh.shape["fsdp"]
 
     def bind(frozen: PyTree, trainable: PyTree) -> PyTree:
         if config.adapter.kind == "full":
@@ -209,9 +220,9 @@ def functions(
     fns = rollout.Functions(
         velocity=guided,
         search_velocity=pipe.guided(velocity, in_search),
-        decode=laid(mesh, pipe.decode_fn()),
-        score=laid(mesh, judged.training.score),
-        search_score=laid(mesh, judged.search.score),
+        decode=layout.laid(mesh, pipe.decode_fn()),
+        score=layout.laid(mesh, judged.training.score),
+        search_score=layout.laid(mesh, judged.search.score),
         prefer=mixture.prefer(config.search_reward or config.rewards, config.search.combine),
         constrain=constrain,
         ways=ways,
@@ -229,18 +240,6 @@ def without(params: PyTree, fixed: Sequence[str]) -> PyTree:
 def together(params: PyTree, learned: PyTree) -> PyTree:
     """All parameters, the learned ones in the place of their first values."""
     return unflatten_dict(flatten_dict(params, sep="/") | flatten_dict(learned, sep="/"), sep="/")
-
-
-def spread(mesh: Mesh, tree: PyTree) -> PyTree:
-    """Lay the leading (batch) axis of every leaf over the data axes, where it divides."""
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-
-    def lay(a: Any) -> Any:
-        if devices == 1 or jnp.ndim(a) == 0 or a.shape[0] % devices:
-            return a
-        return jax.lax.with_sharding_constraint(a, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
-
-    return jax.tree.map(lay, tree)
 
 
 def recipe(config: Config) -> update.Recipe:

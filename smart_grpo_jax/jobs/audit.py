@@ -269,7 +269,7 @@ class Draw:
         ids = [prompt_data.prompt_id(text) for text in texts]
         first = [item.repeat * members for item in some]
         batch, _ = assemble.make_batch(run, texts, self._rows, run.search_reward, ids, first)
-        acted = jax.device_get(self._program(one_step, knobs, batch)(self._params, knobs, batch))
+        acted = distributed.whole(self._program(one_step, knobs, batch)(self._params, knobs, batch))
         grid = lambda a: a[: len(some) * members].reshape(len(some), members, -1)
         each = lambda a: np.stack([grid(row) for row in a])
         early = each(acted.one_step) if acted.one_step is not None else None

@@ -24,6 +24,7 @@ from smart_grpo_jax.jobs.assemble import Run
 from smart_grpo_jax.jobs.statistics import comparison, signed
 from smart_grpo_jax.maths import window
 from smart_grpo_jax.policy import rollout
+from smart_grpo_jax.runtime import distributed
 from smart_grpo_jax.runtime.checkpoint import Checkpoints
 from smart_grpo_jax.runtime.progress import Heartbeat, say, table
 from smart_grpo_jax.worlds.shapes import grammar
@@ -66,57 +67,69 @@ def evaluator(
     shape = eval_shape(run, searched)
     if size is not None:
         shape = dataclasses.replace(shape, latent=run.pipeline.latent_shape(size))
-    chunk = max(1, config.memory.rollout * config.prompts.members // members) if config.memory.rollout else 0
-    rows, _ = assemble.groups_per_call(run, len(run.eval_items), members, batch or chunk)
+    rows, _ = groups_per_call(run, len(run.eval_items), batch)
     act = jax.jit(partial(rollout.act, eval_functions(run), shape))
 
-    def evaluate(trainable: PyTree, seed: int = EVAL_SEED) -> Evaluation:
+    def evaluate(
+        trainable: PyTree, seed: int = EVAL_SEED, mark: Callable[[], None] = lambda: None
+    ) -> Evaluation:
         params = run.rollout_params(trainable) | {"reward": run.eval_reward.params}
         knobs = eval_knobs(config, times, searched, seed)
         scores: dict[str, list[np.ndarray]] = {}
         images: list[np.ndarray] = []
-        outside = host_scores.Finished(run.eval_reward, config, "eval", members)
+        outside = host_scores.Finished(run.eval_reward, config, "eval", members, mark)
         for start in range(0, len(run.eval_items), rows):
             items = run.eval_items[start : start + rows]
             texts = [item.text for item in items]
             ids = [prompt_data.prompt_id(text) for text in texts]
             first = [item.repeat * members for item in items]
             one, _ = assemble.make_batch(run, texts, rows, run.eval_reward, ids, first)
+            mark()
             drawn = act(params, knobs, one)
             outside.submit(drawn.images, texts, range(start, start + len(texts)))
-            acted = jax.device_get(_outputs(drawn))
-            pictures = acted["images"][: len(texts) * members]
-            for name, value in (acted["scores"] | _second_opinion(config, texts, members, pictures)).items():
+            judged = distributed.whole(_scores(drawn)) | _second_opinion(config, texts, members, drawn.images)
+            for name, value in judged.items():
                 scores.setdefault(name, []).append(value[: len(texts) * members])
-            images.append(pictures)
+            if start < config.log.samples:
+                images.append(distributed.whole(drawn.images[: len(texts) * members : members]))
         if scored := outside.gather():
             scores |= {part: [one.parts[part] for one in scored] for part in scored[0].parts}
             scores["reward"] = [a + b.value for a, b in zip(scores["reward"], scored, strict=True)]
         grid = {name: np.concatenate(v).reshape(-1, members) for name, v in scores.items()}
-        shown = np.concatenate(images)[::members][: config.log.samples]
+        shown = np.concatenate(images)[: config.log.samples]
         return Evaluation([item.text for item in run.eval_items], grid, shown, outside.failed)
 
     return evaluate
 
 
 @jax.jit
-def _outputs(acted: rollout.Acted) -> dict[str, PyTree]:
-    value = jnp.where(acted.ok, acted.reward, jnp.nan)
-    return {"images": acted.images, "scores": {"reward": value, **acted.parts}}
+def _scores(acted: rollout.Acted) -> dict[str, jax.Array]:
+    return {"reward": jnp.where(acted.ok, acted.reward, jnp.nan), **acted.parts}
 
 
 def _second_opinion(
-    config: Config, texts: Sequence[str], members: int, images: np.ndarray
+    config: Config, texts: Sequence[str], members: int, images: jax.Array
 ) -> dict[str, np.ndarray]:
-    """The held-out judge of the embedded world, in numpy; never trained on."""
+    """The held-out judge of the embedded world, in numpy, each process for its pictures; never trained on."""
     if not config.eval.source.startswith("shapes:") or images.shape[1:3] != (SIZE, SIZE):
         return {}
     try:
         spec = np.repeat(grammar.encode(list(texts)), members, axis=0)
     except UserError:  # a prompt of the user's own, outside the grammar
         return {}
-    graded, strict = second_judge(images, spec)
-    return {"second/graded": np.asarray(graded), "second/strict": np.asarray(strict)}
+    rows, own = distributed.own_rows(images)
+    real = rows < len(spec)
+    rows, own = rows[real], own[real]
+    graded, strict = second_judge(own, spec[rows]) if len(rows) else (rows, rows)
+    columns = {"second/graded": np.asarray(graded), "second/strict": np.asarray(strict)}
+    return distributed.by_row(len(spec), rows, columns)
+
+
+def groups_per_call(run: Run, count: int, batch: int = 0) -> tuple[int, int]:
+    """(prompts in one call, calls) for `count` prompts: as many images as memory.rollout allows."""
+    config, members = run.config, run.config.eval.seeds
+    chunk = max(1, config.memory.rollout * config.prompts.members // members) if config.memory.rollout else 0
+    return assemble.groups_per_call(run, count, members, batch or min(chunk, count))
 
 
 def eval_shape(run: Run, searched: bool) -> rollout.Shape:
@@ -189,6 +202,7 @@ def job(config: Config, workdir: str, epoch: int | None = None) -> None:
     checkpoint, the base alone (and, with eval.search, the base with the noise searched)."""
     config = measured_window.asked(config, workdir)
     run = assemble.assemble(config, training=False)
+    distributed.meet(run.mesh)
     state = run.state()
     with Checkpoints(workdir, keep=1, best_of=None, say=say, read_only=True) as checkpoints:
         restored = checkpoints.restore(state, epoch=epoch)

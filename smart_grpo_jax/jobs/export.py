@@ -112,9 +112,10 @@ def load(config: Config, workdir: str, epoch: int | None, which: str) -> Trained
 
 def quiet(config: Config) -> Config:
     """The config without what an export has no use for: rewards with their weights, the search, the
-    adapter's start."""
+    adapter's start. Networks that are compared attend alike."""
     return dataclasses.replace(
         config,
+        model=dataclasses.replace(config.model, attention="xla"),
         adapter=dataclasses.replace(config.adapter, init=""),
         search=dataclasses.replace(config.search, steps="none"),
         rewards={"compressibility": 1.0},

@@ -1,13 +1,15 @@
 """Scores of finished images that come from outside the graph, while the device draws the next ones.
 
 The graph's verdict and the host's are added up here, before credit is given; a score that did not come
-makes the image's reward missing. All this is of one process: among several, each would have to score the
-images that lie on its own devices.
+makes the image's reward missing. Among several processes each scores the images that lie on its own
+devices; the scores alone travel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +17,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
 from smart_grpo_jax.core.config import Config
-from smart_grpo_jax.core.errors import RewardError, UserError
+from smart_grpo_jax.core.errors import RewardError
 from smart_grpo_jax.policy.rollout import Acted
 from smart_grpo_jax.rewards.base import HostScores, Reward
 from smart_grpo_jax.rewards.host import Ahead
+from smart_grpo_jax.runtime import distributed
 
 SHOWN = 3
 """Failed samples that a warning names."""
@@ -35,17 +38,25 @@ def pixels(images: Float[Array, "b H W 3"]) -> tuple[UInt8[Array, "b H W 3"], Bo
 class Finished:
     """Images on their way to the host's rewards; costs nothing where a reward has none.
 
-    `failed` tells after `gather` whose score did not come, as `name/p<prompt>/m<member>: reason`.
+    `failed` tells after `gather` whose score did not come, as `name/p<prompt>/m<member>: reason`, `waited`
+    for how many seconds the device had to wait for the host.
     """
 
-    def __init__(self, reward: Reward, config: Config, name: str, members: int) -> None:
-        if reward.host is not None and jax.process_count() > 1:
-            raise UserError(f"rewards: got {jax.process_count()} processes, want one where the host scores")
+    def __init__(
+        self,
+        reward: Reward,
+        config: Config,
+        name: str,
+        members: int,
+        mark: Callable[[], None] = lambda: None,
+    ) -> None:
         self.failed: tuple[str, ...] = ()
+        self.waited = 0.0
         self._ahead = Ahead(reward.host, config.host.ahead) if reward.host is not None else None
-        self._name, self._members = name, members
+        self._name, self._members, self._mark = name, members, mark
         self._next: tuple[Array, Sequence[str], Sequence[int]] | None = None
         self._finite: list[np.ndarray] = []
+        self._rows: list[np.ndarray] = []
         self._ids: list[list[str]] = []
 
     def submit(self, images: Array, texts: Sequence[str], index: Sequence[int]) -> None:
@@ -60,17 +71,28 @@ class Finished:
         images, texts, index = self._next
         prompts = [text for text in texts for _ in range(self._members)]
         ids = [f"{self._name}/p{i}/m{member}" for i in index for member in range(self._members)]
-        eight_bit, finite = jax.device_get(pixels(images))
+        eight_bit, finite = pixels(images)
+        rows, own = distributed.own_rows(eight_bit)
+        real = rows < len(ids)
+        rows, own = rows[real], own[real]
         self._ids.append(ids)
-        self._finite.append(finite[: len(ids)])
-        self._ahead.submit(eight_bit[: len(ids)], prompts, ids)
+        self._rows.append(rows)
+        self._finite.append(distributed.whole(finite)[rows])
+        started = time.monotonic()
+        self._ahead.submit(own, [prompts[i] for i in rows], [ids[i] for i in rows])
+        self.waited += time.monotonic() - started
 
     def gather(self) -> list[HostScores]:
         """All scores in the order of submission; an image that is no picture has none."""
         self._begin()
         if self._ahead is None:
             return []
-        scored = [_only(ok, scores) for ok, scores in zip(self._finite, self._ahead.gather(), strict=True)]
+        started = time.monotonic()
+        gathered = self._ahead.gather()
+        self.waited += time.monotonic() - started
+        own = [_only(ok, scores) for ok, scores in zip(self._finite, gathered, strict=True)]
+        self._mark()  # from here on this process waits for the scores of the others
+        scored = shared(own, self._rows, [len(ids) for ids in self._ids])
         self.failed = tuple(failures(scored, self._ids))
         return scored
 
@@ -82,14 +104,41 @@ def _only(finite: np.ndarray, scores: HostScores) -> HostScores:
     return HostScores(np.where(finite, scores.value, np.nan).astype(np.float32), errors, scores.parts)
 
 
+def shared(own: Sequence[HostScores], rows: Sequence[np.ndarray], counts: Sequence[int]) -> list[HostScores]:
+    """The scores of all images on every process, each of which brings those of its rows."""
+    if jax.process_count() == 1:
+        return list(own)
+    brought = [
+        [at.tolist(), one.value.tolist(), one.errors, {name: v.tolist() for name, v in one.parts.items()}]
+        for one, at in zip(own, rows, strict=True)
+    ]
+    pieces = zip(*distributed.gather(brought), strict=True)
+    return [_assembled(count, piece) for count, piece in zip(counts, pieces, strict=True)]
+
+
+def _assembled(count: int, pieces: Sequence[Sequence[Any]]) -> HostScores:
+    value, errors = np.full(count, np.nan, np.float32), [""] * count
+    parts = {name: np.full(count, np.nan, np.float32) for name in pieces[0][3]}
+    for rows, values, reasons, columns in pieces:
+        value[rows] = values
+        for row, why in zip(rows, reasons, strict=True):
+            errors[row] = why
+        for name, column in columns.items():
+            parts[name][rows] = column
+    return HostScores(value, tuple(errors), parts)
+
+
 def added(acted: Acted, scores: HostScores) -> Acted:
     """The rollout with the host's share of its rewards; rows that fill the mesh stay without."""
     spare = acted.reward.shape[0] - len(scores.value)
-    full = lambda values: np.pad(values.astype(np.float32), (0, spare), constant_values=np.nan)
-    value = np.asarray(acted.reward) + full(scores.value)
-    ok = np.asarray(acted.ok) & np.isfinite(value)
-    parts = acted.parts | {name: jnp.asarray(full(values)) for name, values in scores.parts.items()}
-    return acted._replace(reward=jnp.asarray(value), ok=jnp.asarray(ok), parts=parts)
+
+    def full(values: np.ndarray) -> jax.Array:
+        padded = np.pad(values.astype(np.float32), (0, spare), constant_values=np.nan)
+        return distributed.place(padded, acted.reward.sharding)
+
+    value = acted.reward + full(scores.value)
+    parts = acted.parts | {name: full(values) for name, values in scores.parts.items()}
+    return acted._replace(reward=value, ok=acted.ok & jnp.isfinite(value), parts=parts)
 
 
 def failures(scored: Sequence[HostScores], ids: Sequence[Sequence[str]]) -> list[str]:

@@ -9,12 +9,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 from jax.sharding import Mesh
 
 from smart_grpo_jax.core.config import Config, Host
 from smart_grpo_jax.core.types import PyTree, Scores
 from smart_grpo_jax.rewards import base, host, mixture
+from smart_grpo_jax.runtime import distributed
 from smart_grpo_jax.runtime.mesh import at_rest
 
 
@@ -37,7 +37,7 @@ Put = Callable[[PyTree, PyTree], PyTree]
 
 
 def assemble(
-    config: Config, mesh: Mesh, build: mixture.Make = mixture.built, put: Put = jax.device_put
+    config: Config, mesh: Mesh, build: mixture.Make = mixture.built, put: Put = distributed.place
 ) -> Judges:
     """All rewards of a config, their parameters at rest on the mesh."""
     known: dict[str, base.Reward] = {}

@@ -132,8 +132,8 @@ def solve(f: Footprint, place: Place, given: Numbers) -> dict[str, int]:
         groups = max(fitting, default=1)
     called = groups or f.groups
     images = place.ways * call_rows(f, place, called)
-    tried = min(line.rows(acting) for line in (f.velocity, f.decode, f.reward))
-    chunk = min(place.ways * max(1, tried // max(1, f.candidates)), called * f.searched)
+    tried = f.velocity.rows(acting) // max(1, f.candidates)
+    chunk = min(place.ways * max(1, tried), called * f.searched)
     states = f.states * place.ways * max(1, f.gradient.rows(learning) // f.states)
     judged = max(images, chunk * f.candidates)
     solved = {
@@ -151,7 +151,9 @@ def peaks(f: Footprint, place: Place, numbers: Numbers) -> dict[str, float]:
     r = rows(f, place, numbers)
     acting = max(f.velocity.at(r.velocity), f.decode.at(r.decode), f.reward.at(r.reward))
     if f.searched:
-        acting = max(acting, f.velocity.at(r.searched), f.decode.at(r.searched), f.reward.at(r.searched))
+        # candidates are decoded and judged in pieces of the smaller of the two numbers
+        seen = min(r.searched, r.decode, r.reward)
+        acting = max(acting, f.velocity.at(r.searched), f.decode.at(seen), f.reward.at(seen))
     return {
         "rollout": standing(f, place, "rollout") + acting,
         "update": standing(f, place, "update") + f.gradient.at(r.gradient),

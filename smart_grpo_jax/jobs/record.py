@@ -15,7 +15,7 @@ from PIL import Image
 from smart_grpo_jax.core import schema
 from smart_grpo_jax.core.config import searched_steps
 from smart_grpo_jax.core.types import TrainState
-from smart_grpo_jax.jobs import assemble, evaluate, report, traced
+from smart_grpo_jax.jobs import assemble, evaluate, microbatch, report, traced
 from smart_grpo_jax.jobs.assemble import Run
 from smart_grpo_jax.jobs.statistics import comparison
 from smart_grpo_jax.maths import transition
@@ -170,6 +170,7 @@ def summary(run: Run, state: TrainState, path: Path, epoch: int, resumed: bool) 
         ("search", search),
         ("learning", f"{config.train.loss}, {config.train.epochs} epochs × "
                      f"{run.recipe.updates * run.recipe.passes} updates, lr {config.train.learning_rate:g}"),
+        ("at once", microbatch.words(microbatch.numbers_of(config), searched_steps(config))),
         ("rewards", ", ".join(f"{k} {schema.weight_of(v):g}" for k, v in config.rewards.items())),
         ("per epoch", f"{price['velocity']:,} network calls, {price['backward']:,} backward, "
                       f"{price['decode']:,} decodes"),
@@ -201,7 +202,9 @@ def one_step_decodes(
 
     def pictures(knobs: rollout.Knobs) -> np.ndarray:
         xs = act(params, knobs, batch).x[:, :: config.members]
-        return to_bytes(np.asarray(decode(params, xs, knobs.times[: len(xs)], batch.cond)))[:, : len(texts)]
+        return to_bytes(distributed.whole(decode(params, xs, knobs.times[: len(xs)], batch.cond)))[
+            :, : len(texts)
+        ]
 
     return pictures(knobs._replace(searched=jnp.zeros_like(knobs.searched))), pictures(knobs)
 

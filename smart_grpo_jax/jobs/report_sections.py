@@ -15,7 +15,7 @@ import numpy as np
 from smart_grpo_jax.core import schema
 from smart_grpo_jax.core.config import Config
 from smart_grpo_jax.core.errors import UserError
-from smart_grpo_jax.jobs import report_curves, report_pictures, statistics
+from smart_grpo_jax.jobs import report_curves, report_pictures, speed_text, statistics
 from smart_grpo_jax.jobs.report_folder import Story
 from smart_grpo_jax.worlds.shapes import grammar
 
@@ -245,6 +245,8 @@ def cost(story: Story) -> str:
     if seconds is not None:
         rows.append(["time of training", duration(seconds)])
         rows += [["time of an epoch", duration(seconds / epochs)]] if epochs else []
+    timed = next((row for row in reversed(story.rows) if "wall/flops_per_second" in row), {})
+    rows += [[what, html.escape(value)] for what, value in speed_text.rows(timed)]
     evaluating = story.series("wall/eval_seconds")[1]
     if evaluating:
         rows.append([f"time of {len(evaluating)} evaluations", duration(sum(evaluating))])

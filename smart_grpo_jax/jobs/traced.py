@@ -21,10 +21,10 @@ DEFAULT_ROUNDS = 5
 """Rounds that the program is compiled for when `search.rounds` is 0 and the search is never taken."""
 
 
-def search_mask(config: Config, times: np.ndarray, stochastic: np.ndarray) -> np.ndarray:
-    """Which steps are searched: only noisy ones can be."""
+def search_mask(config: Config, times: np.ndarray, stochastic: np.ndarray, epoch: int = 0) -> np.ndarray:
+    """Which steps are searched: only noisy ones can be, and none once the search has had its epochs."""
     steps = config.sampler.steps
-    if not searched_steps(config):
+    if not searched_steps(config) or 0 < config.search.until <= epoch:
         return np.zeros(steps, bool)
     return window.step_mask(config.search.steps, steps, times, stochastic=stochastic)
 
@@ -71,7 +71,7 @@ def rollout_knobs(config: Config, times: np.ndarray, epoch: int) -> rollout.Knob
         times=jnp.asarray(times),
         noise_level=jnp.float32(level),
         stochastic=jnp.asarray(stochastic),
-        searched=jnp.asarray(search_mask(config, times, stochastic)),
+        searched=jnp.asarray(search_mask(config, times, stochastic, epoch)),
         execute_search=jnp.asarray(config.search.execute == "search"),
         search=search_settings(config),
     )
@@ -80,7 +80,7 @@ def rollout_knobs(config: Config, times: np.ndarray, epoch: int) -> rollout.Knob
 def credit_masks(config: Config, times: np.ndarray, epoch: int, real: np.ndarray) -> credit.Masks:
     """Trained steps, searched steps and padding of an epoch."""
     w = epoch_window(config, epoch)
-    searched = search_mask(config, times, w.stochastic)
+    searched = search_mask(config, times, w.stochastic, epoch)
     trained = (
         np.flatnonzero(searched) if config.search.credit == "local" and searched_steps(config) else w.trained
     )
@@ -90,6 +90,12 @@ def credit_masks(config: Config, times: np.ndarray, epoch: int, real: np.ndarray
         jnp.float32(config.search.offset),
         jnp.asarray(real),
     )
+
+
+def learning_rate(config: Config, epoch: int) -> float:
+    """The rate of an epoch: η 2^(-epoch / half-life), which does not depend on how many epochs follow."""
+    t = config.train
+    return t.learning_rate * 0.5 ** (epoch / t.half_life) if t.half_life else t.learning_rate
 
 
 def update_knobs(config: Config, times: np.ndarray, epoch: int) -> update.Knobs:
@@ -109,7 +115,7 @@ def update_knobs(config: Config, times: np.ndarray, epoch: int) -> update.Knobs:
         times=grid,
         noise_level=level,
         step_weight=weights.step_weights(t.step_weight, jnp.stack(std), grid, trained),
-        learning_rate=jnp.float32(t.learning_rate),
+        learning_rate=jnp.float32(learning_rate(config, epoch)),
         weight_decay=jnp.float32(t.weight_decay),
         warmup=jnp.float32(t.warmup),
         clip=jnp.float32(t.clip or PUBLISHED_CLIPS[t.loss]),

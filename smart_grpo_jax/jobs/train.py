@@ -18,24 +18,28 @@ import numpy as np
 
 from smart_grpo_jax.core import config as configs
 from smart_grpo_jax.core.config import Config
-from smart_grpo_jax.core.errors import NumericsError, StorageError
+from smart_grpo_jax.core.errors import NumericsError, PleaseRestart, StorageError
 from smart_grpo_jax.core.types import PyTree, TrainState
 from smart_grpo_jax.data import prompts as prompt_data
 from smart_grpo_jax.jobs import (
     assemble,
     evaluate,
     host_scores,
+    layout,
     measured_window,
     record,
     reward_check,
+    speed,
+    speed_text,
     traced,
 )
 from smart_grpo_jax.jobs.assemble import Run
-from smart_grpo_jax.policy import cost, credit, rollout, update
+from smart_grpo_jax.policy import cost, credit, rollout
 from smart_grpo_jax.runtime import distributed, manifest
 from smart_grpo_jax.runtime.checkpoint import Checkpoints
 from smart_grpo_jax.runtime.compile_cache import CompileCount
 from smart_grpo_jax.runtime.metrics import MetricLog
+from smart_grpo_jax.runtime.profile import Trace
 from smart_grpo_jax.runtime.progress import Eta, Heartbeat, box, epoch_line, say
 from smart_grpo_jax.runtime.run_folder import RunFolder
 from smart_grpo_jax.runtime.signals import StopFlag
@@ -68,6 +72,8 @@ class Loop:
     nfe: dict[str, int]
     eta: Eta
     compiles: CompileCount
+    speed: speed.Speed
+    logged: int
     rounds: int = 0
     failed: tuple[str, ...] = ()
 
@@ -77,44 +83,63 @@ class Loop:
         return self.run.config
 
 
-def job(config: Config, workdir: str, command: Sequence[str]) -> None:
-    """`--mode=train`: begin or take up the run in `workdir`, go on to the last epoch, write the report."""
+def job(config: Config, workdir: str, command: Sequence[str], profile: int | None = None) -> None:
+    """`--mode=train`: begin or take up the run in `workdir`, go on to the last epoch, write the report.
+    `profile` is the epoch whose trace is kept (0: the third of this process; None: of none)."""
+    log = config.log
     with (
         StopFlag() as stop,
+        Watchdog(workdir, jax.process_index(), log.deadline, silence=log.silence, lag=log.lag) as watchdog,
         RunFolder.open(
             workdir, config=configs.to_dict(config), command=list(command), semantic=configs.semantic
         ) as folder,
         Checkpoints(folder.path, keep=config.checkpoint.keep, best_of="eval/reward", say=say) as checkpoints,
     ):
+        line = ""
         try:
-            train(config, folder, checkpoints, stop)
+            train(config, folder, checkpoints, stop, watchdog, profile)
         except Stopped as stopped:
-            say(f"stopped by {stop.requested} after epoch {stopped}; the same command goes on from there")
+            line = f"stopped by {stopped}; the same command goes on from there"
+    if line and distributed.supervised():
+        raise PleaseRestart(line)
+    if line:
+        say(line)
 
 
-def train(config: Config, folder: RunFolder, checkpoints: Checkpoints, stop: StopFlag) -> None:
+def train(
+    config: Config,
+    folder: RunFolder,
+    checkpoints: Checkpoints,
+    stop: StopFlag,
+    watchdog: Watchdog,
+    profile: int | None = None,
+) -> None:
     """The recipe."""
-    config, spent = measured_window.settled(config, folder.path)
     compiles = CompileCount()
-    with Heartbeat("loading"):
-        run = assemble.assemble(config)
-    loop = begin(run, folder, checkpoints, stop, compiles, spent)
+    with watchdog.phase("load", 0, limited=False):
+        config, spent = measured_window.settled(config, folder.path)
+        with Heartbeat("loading"):
+            run = assemble.assemble(config)
+        distributed.meet(run.mesh)
+        loop = begin(run, folder, checkpoints, stop, watchdog, compiles, spent)
     programs = Programs(run)
-    with loop.log, loop.watchdog:
+    trace = Trace(folder.path, profile, loop.epoch, config.train.epochs)
+    with loop.log:
         while True:
             tell(loop, programs)
             if finished(loop):
                 break
             started, compiled = time.monotonic(), compiles.total
-            acted, masks, batch = act(loop, programs)
-            stop_here(loop)
-            learn(loop, programs, acted, masks, batch)
+            with trace.of(loop.epoch + 1):
+                acted, masks, batch = act(loop, programs)
+                stop_here(loop)
+                learn(loop, programs, acted, masks, batch)
             expect_no_compilation(loop, compiled)
             loop.eta.add(time.monotonic() - started)
             stop_here(loop)
         if not checkpoints.wait():
             raise StorageError(f"{checkpoints.path}: the last checkpoint could not be written")
-    with Heartbeat("writing the report"):
+    with watchdog.phase("report", loop.epoch, limited=False), Heartbeat("writing the report"):
         record.finish(run, folder, programs.act, loop.state, manifest.state_hash(loop.state))
 
 
@@ -125,7 +150,7 @@ class Programs:
         self.act = jax.jit(partial(rollout.act, run.fns, run.shape))
         self.credit = jax.jit(partial(credit.experience, run.rule, run.shape))
         self.summary = jax.jit(partial(credit.summary, run.rule, run.shape))
-        self.learn = jax.jit(partial(update.learn, run.policy, run.recipe), donate_argnums=0)
+        self.learn = layout.learner(run.policy, run.recipe, run.mesh, run.where())
         self.evaluate = evaluate.evaluator(run)
 
 
@@ -134,6 +159,7 @@ def begin(
     folder: RunFolder,
     checkpoints: Checkpoints,
     stop: StopFlag,
+    watchdog: Watchdog,
     compiles: CompileCount,
     spent: dict[str, int],
 ) -> Loop:
@@ -155,29 +181,35 @@ def begin(
         say=say,
     )
     eta = Eta(run.config.train.epochs, carried=meta.get("eta"))
-    watchdog = Watchdog(folder.path, jax.process_index(), run.config.log.deadline)
     nfe = dict(meta.get("nfe", spent))
     say(box("smart_grpo_jax", record.summary(run, state, folder.path, epoch, restored is not None)))
     pending = dict(meta.get("pending", {}))
-    return Loop(run, folder, checkpoints, log, stop, watchdog, state, epoch, pending, nfe, eta, compiles)
+    timed = speed.Speed(run, state.params)
+    lines = log.state_lines() if distributed.is_main() else []
+    logged = distributed.from_main(lines[-1]["epoch"] if lines else -1)
+    carried = (pending, nfe, eta, compiles, timed, logged)
+    return Loop(run, folder, checkpoints, log, stop, watchdog, state, epoch, *carried)
 
 
 def tell(loop: Loop, programs: Programs) -> None:
     """The line of this epoch, with an evaluation when one is due; then the checkpoint when one is due."""
-    lines = loop.log.state_lines()
-    if not lines or lines[-1]["epoch"] < loop.epoch:
+    if loop.logged < loop.epoch:
         scalars = loop.pending
         if evaluation_due(loop.config, loop.epoch):
             started = time.monotonic()
-            with loop.watchdog.phase("evaluate", loop.epoch), Heartbeat(f"evaluating epoch {loop.epoch}"):
-                result = programs.evaluate(evaluate.evaluated_weights(loop.config, loop.state))
+            heartbeat = Heartbeat(f"evaluating epoch {loop.epoch}")
+            with loop.speed.phase("evaluate"), loop.watchdog.phase("evaluate", loop.epoch), heartbeat:
+                weights = evaluate.evaluated_weights(loop.config, loop.state)
+                result = programs.evaluate(weights, mark=loop.watchdog.mark)
             evaluate.refuse_failures(loop.config, result, f"evaluation {loop.epoch}")
             scalars |= record.evaluation(loop.folder, loop.epoch, result)
             scalars["wall/eval_seconds"] = time.monotonic() - started
         scalars |= {f"nfe/{name}": count for name, count in loop.nfe.items()}
         scalars["wall/train_seconds"] = loop.eta.seconds
         if loop.epoch % loop.config.log.every == 0 or "eval/reward" in scalars:
+            scalars |= loop.speed.told()
             loop.log.write(loop.epoch, int(loop.state.step), scalars)
+            loop.logged = loop.epoch
             say(
                 epoch_line(
                     loop.epoch,
@@ -186,6 +218,8 @@ def tell(loop: Loop, programs: Programs) -> None:
                     loop.eta.remaining(loop.epoch),
                 )
             )
+            if told := speed_text.line(scalars):
+                say(told)
         loop.pending = scalars
     if loop.epoch % loop.config.checkpoint.every == 0 or loop.epoch >= loop.config.train.epochs:
         save(loop, logged=True)
@@ -207,7 +241,8 @@ def finished(loop: Loop) -> bool:
 
 def save(loop: Loop, logged: bool) -> None:
     """Begin a checkpoint, unless this epoch already has one."""
-    if loop.epoch in loop.checkpoints.list_epochs():
+    loop.watchdog.mark()
+    if distributed.from_main(loop.epoch in loop.checkpoints.list_epochs()):
         return
     meta = {
         "prompts": loop.run.prompts.sha,
@@ -216,21 +251,25 @@ def save(loop: Loop, logged: bool) -> None:
         "eta": loop.eta.state(),
         "pending": {} if logged else loop.pending,
     }
-    with loop.watchdog.phase("save", loop.epoch):
+    with loop.speed.phase("save"), loop.watchdog.phase("save", loop.epoch):
+        loop.watchdog.mark()
         loop.checkpoints.save(loop.epoch, loop.state, meta, loop.pending.get("eval/reward"))
 
 
 def stop_here(loop: Loop, logged: bool | None = None) -> None:
     """If a signal came: save the last finished epoch and leave."""
-    if not distributed.any_process(loop.stop.requested is not None):
+    loop.watchdog.mark()
+    asked = distributed.gather(loop.stop.requested)
+    rank = next((rank for rank, name in enumerate(asked) if name is not None), None)
+    if rank is None:
         return
     if logged is None:
-        lines = loop.log.state_lines()
-        logged = bool(lines) and bool(lines[-1]["epoch"] >= loop.epoch)
+        logged = loop.logged >= loop.epoch
     loop.checkpoints.wait()
     save(loop, logged)
     loop.checkpoints.wait()
-    raise Stopped(loop.epoch)
+    where = f" (process {rank})" if len(asked) > 1 else ""
+    raise Stopped(f"{asked[rank]}{where} after epoch {loop.epoch}")
 
 
 def act(loop: Loop, programs: Programs) -> tuple[rollout.Acted, credit.Masks, rollout.Batch]:
@@ -242,22 +281,28 @@ def act(loop: Loop, programs: Programs) -> tuple[rollout.Acted, credit.Masks, ro
     size, calls = assemble.groups_per_call(run, len(texts), members, config.memory.rollout)
     knobs = traced.rollout_knobs(run.config, run.times, loop.epoch)
     params = run.rollout_params(loop.state.params)
-    outside = host_scores.Finished(run.reward, config, f"e{loop.epoch + 1}", members)
+    mark = loop.watchdog.mark
+    outside = host_scores.Finished(run.reward, config, f"e{loop.epoch + 1}", members, mark)
     parts, batches, real = [], [], []
-    with loop.watchdog.phase("rollout", loop.epoch), Heartbeat(f"rolling out epoch {loop.epoch + 1}"):
+    heartbeat = Heartbeat(f"rolling out epoch {loop.epoch + 1}")
+    with loop.speed.phase("rollout"), loop.watchdog.phase("rollout", loop.epoch), heartbeat:
         for call in range(calls):
             some = slice(call * size, (call + 1) * size)
             places = range(len(texts))[some]
             batch, here = assemble.make_batch(run, texts[some], size, run.reward, places)
+            mark()
             parts.append(programs.act(params, knobs, batch))
             batches.append(batch)
             real.append(here)
             outside.submit(parts[-1].images, texts[some], index[some].tolist())
-        if scored := outside.gather():
+        scored = outside.gather()
+        loop.speed.add("host rewards", outside.waited)
+        if scored:
             parts = [host_scores.added(part, scores) for part, scores in zip(parts, scored, strict=True)]
         loop.failed = outside.failed
         joined = record.join(parts), record.join_batches(batches)
         acted, batch = record.without_padding(*joined, np.concatenate(real))
+        mark()
         jax.block_until_ready(acted.reward)
     masks = traced.credit_masks(run.config, run.times, loop.epoch, np.ones(len(texts), bool))
     return acted, masks, batch
@@ -268,20 +313,23 @@ def learn(
 ) -> None:
     """Credit, update, and the guards: no reward, a ratio that is not 1, numbers that are not numbers."""
     first = loop.rounds == 0
-    summary = {k: float(v) for k, v in jax.device_get(programs.summary(acted, masks)).items()}
+    summary = {k: float(v) for k, v in distributed.whole(programs.summary(acted, masks)).items()}
     what = f"epoch {loop.epoch + 1}"
     if warning := host_scores.tolerated(loop.config, summary["train/failed"], what, loop.failed):
         say(warning)
-    with loop.watchdog.phase("update", loop.epoch), Heartbeat(f"updating epoch {loop.epoch + 1}"):
+    heartbeat = Heartbeat(f"updating epoch {loop.epoch + 1}")
+    with loop.speed.phase("update"), loop.watchdog.phase("update", loop.epoch), heartbeat:
         experience = programs.credit(acted, masks)
         knobs = traced.update_knobs(loop.config, loop.run.times, loop.epoch)
+        loop.watchdog.mark()
         state, metrics = programs.learn(loop.state, loop.run.frozen, batch.cond, experience, knobs)
-        metrics = jax.device_get(metrics)
+        metrics = distributed.whole(metrics)
     loop.state, loop.epoch = state, loop.epoch + 1
     check(loop, metrics, first)
     run = loop.run
     spent = cost.epoch(run.shape, run.recipe, run.config, masks, run.pipeline.calls)
     loop.nfe = cost.add(loop.nfe, spent)
+    loop.speed.worked(masks, spent)
     scalars = {k: v for k, v in summary.items() if np.isfinite(v)}
     scalars |= {f"update/{name}": float(value) for name, value in metrics.items()}
     loop.pending = scalars

@@ -26,7 +26,8 @@ def calls(guidance: float) -> int:
 
 def images_seen(shape: Shape, recipe: Recipe, config: Config, masks: Masks) -> dict[str, int]:
     """Images that pass through each part of an epoch: `path` through the executed steps, `search` as
-    candidates, `judged` through decoder and reward outside the search, `learned` through a gradient."""
+    candidates, `judged` through decoder and reward outside the search (`unfinished` of them before their last
+    step, which a reward may be told), `learned` through a gradient."""
     groups, searched = int(np.sum(np.asarray(masks.real))), int(np.sum(np.asarray(masks.searched)))
     images, few = groups * shape.members, groups * shape.searched_members
     early = shape.stop < shape.steps or shape.one_step_rewards
@@ -35,6 +36,7 @@ def images_seen(shape: Shape, recipe: Recipe, config: Config, masks: Masks) -> d
         "path": images * (shape.stop + early),
         "search": few * searched * config.search.rounds * config.search.candidates,
         "judged": images * (1 + shape.stop * shape.one_step_rewards),
+        "unfinished": images * (shape.stop * shape.one_step_rewards + (shape.stop < shape.steps)),
         "learned": images * states * recipe.passes,
     }
 

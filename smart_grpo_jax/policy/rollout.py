@@ -236,9 +236,13 @@ def _search_states(
     def score(m: Array) -> tuple[Array, Array]:
         z = flat(origin[:, None] + std[:, None] * m)
         v = fns.search_velocity(params["policy"], z, jnp.full(z.shape[0], level), cond)
-        images = fns.decode(params["decoder"], transition.one_step(z, v, level))
-        judge = lambda a: fns.search_score(params["search_reward"], a[0], a[1], level)
-        scores = in_pieces(judge, shape.reward_chunk, (images, ctx), fns.ways, fns.constrain)
+        latents = transition.one_step(z, v, level)
+        # Decode and judge a piece: the pictures of all candidates never lie there at once.
+        judge = lambda a: fns.search_score(
+            params["search_reward"], fns.decode(params["decoder"], a[0]), a[1], level
+        )
+        piece = min(filter(None, (shape.decode_chunk, shape.reward_chunk)), default=0)
+        scores = in_pieces(judge, piece, (latents, ctx), fns.ways, fns.constrain)
         scores = jax.tree.map(lambda a: a.reshape(-1, count), scores)
         ok = lambda value: jnp.where(scores.ok, value, jnp.nan)
         return ok(scores.value), ok(jax.vmap(fns.prefer)(scores))

@@ -104,7 +104,7 @@ class Checkpoints:
         flat = flatten(state)
         # Copies on this host are hashed behind the loop's back; arrays spread over several hosts are
         # gathered, and therefore hashed, here.
-        local = {n for n, a in flat.items() if not isinstance(a, jax.Array) or a.is_fully_addressable}
+        local = {name for name, array in flat.items() if _seen_whole(array)}
         copies = {name: host_copy(flat[name]) for name in local}
         records = {name: leaf_record(host_copy(a)) for name, a in flat.items() if name not in local}
         fields = {
@@ -150,7 +150,8 @@ class Checkpoints:
         text = next((words for words in SYSTEM_WORDS if words in text), text[:90])
         if self.path.is_dir():
             text += f"; {shutil.disk_usage(self.path).free / 2**20:,.0f} MiB free"
-        if self._misses >= MISSES:
+        # One process of several does not know whether the others have missed it, too.
+        if self._misses >= MISSES or jax.process_count() > 1:
             self._given_up = f"{self.path}: {self._misses} saves in a row failed, the last at {epoch}: {text}"
         else:
             self._say(f"WARNING: checkpoint {epoch} was not saved ({text}); the run goes on")
@@ -252,6 +253,11 @@ class Checkpoints:
 def _in_order_of(like: PyTree, arrays: dict[str, jax.Array]) -> list[jax.Array]:
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(like)[0]]
     return [arrays[jax.tree_util.keystr(path, simple=True, separator="/")] for path in paths]
+
+
+def _seen_whole(array: Any) -> bool:
+    """Whether this host has every number of the array."""
+    return not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated
 
 
 def _storable(flat: dict[str, Any]) -> dict[str, Any]:

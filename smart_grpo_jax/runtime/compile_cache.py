@@ -13,6 +13,7 @@ import jax
 
 MIN_COMPILE_SECONDS = 0.3
 BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
+LOWERING = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 
 
 def default_path() -> Path:
@@ -58,16 +59,22 @@ class _Ticks:
     """The one listener of the process, however many counters there are."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count, self.seconds = 0, 0.0
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
     def _on_event(self, event: str, duration_secs: float, **_: str | int) -> None:
         self.count += event == BACKEND_COMPILE
+        self.seconds += duration_secs if event in (BACKEND_COMPILE, LOWERING) else 0.0
 
 
 @functools.cache
 def _ticks() -> _Ticks:
     return _Ticks()
+
+
+def compile_seconds() -> float:
+    """Seconds that this process has spent building programs since it was first asked."""
+    return _ticks().seconds
 
 
 class CompileCount:

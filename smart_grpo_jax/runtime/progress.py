@@ -15,8 +15,19 @@ from typing import Any
 WIDTH = 100
 
 
+_speaks = threading.Event()
+_speaks.set()
+
+
+def speak(aloud: bool) -> None:
+    """Of several processes one speaks; the others are silent from here on."""
+    (_speaks.set if aloud else _speaks.clear)()
+
+
 def say(text: str) -> None:
     """One line on stdout, at once; a closed pipe is no reason to stop a run."""
+    if not _speaks.is_set():
+        return
     try:
         print(text, file=sys.stdout, flush=True)
     except (OSError, ValueError):

@@ -4,6 +4,8 @@ import functools
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import zlib
 from pathlib import Path
@@ -76,6 +78,19 @@ def command(folder, *overrides, mode="train", flags=()):
 def run(folder, *overrides, mode="train", flags=()):
     """The exit code of a run in this process."""
     return entry.main(command(folder, *overrides, mode=mode, flags=flags))
+
+
+def launch(folder, processes, *overrides, devices=1, module=None, grace=30, **settings):
+    """A run of several processes through launch/local.py; what `subprocess.run` gives."""
+    words = [sys.executable, str(ROOT / "launch" / "local.py"), f"--processes={processes}"]
+    words += [
+        f"--devices-per-process={devices}",
+        f"--grace={grace}",
+        *([f"--module={module}"] if module else []),
+    ]
+    words += ["--", *command(folder, *overrides)]
+    env = environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(Path(__file__).parent), str(folder.parent)]))
+    return subprocess.run(words, env=env | settings, capture_output=True, text=True, timeout=1200)
 
 
 def environment(**changes):

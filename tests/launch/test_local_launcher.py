@@ -132,6 +132,13 @@ def test_a_killed_process_gives_the_shells_code(launcher):
     assert finish(launcher(program, "--processes=2", "--grace=0.2"))[0] == 128 + signal.SIGKILL
 
 
+def test_where_one_was_killed_and_the_others_ask_for_a_restart_so_does_the_launcher(launcher):
+    program = "os.kill(os.getpid(), signal.SIGKILL) if rank == 0 else (time.sleep(1), sys.exit(75))"
+    code, _, err = finish(launcher(program, "--processes=3", "--grace=20"))
+    assert code == 75, err
+    assert sum("ended with exit code 75" in line for line in err) == 2
+
+
 def test_a_process_that_ignores_sigterm_is_killed(launcher):
     program = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nsys.exit(4) if rank == 0 else time.sleep(60)"
     code, _, err = finish(launcher(program, "--processes=2", "--grace=0.5"))

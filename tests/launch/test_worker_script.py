@@ -85,6 +85,11 @@ def wait_until(condition):
         time.sleep(0.05)
 
 
+def test_the_program_knows_that_it_would_be_started_again(machine):
+    done = machine.run("worker.sh", "again", "--", "sh", "-c", "echo supervised $SGRPO_SUPERVISED")
+    assert "supervised 1" in done.stdout.splitlines()
+
+
 def test_a_run_starts_once_stops_on_request_and_says_so(machine, tmp_path):
     python = machine.home / "sgrpo-venv" / "bin" / "python"
     python.parent.mkdir(parents=True)

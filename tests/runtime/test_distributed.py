@@ -24,6 +24,13 @@ def test_a_single_process_joins_nobody(monkeypatch):
     assert distributed.any_process(True) and not distributed.any_process(False)
 
 
+def test_a_stopped_run_asks_for_a_restart_where_something_would_start_it(monkeypatch):
+    monkeypatch.delenv(distributed.SUPERVISED, raising=False)
+    assert not distributed.supervised()
+    monkeypatch.setenv(distributed.SUPERVISED, "1")
+    assert distributed.supervised()
+
+
 def test_explicit_variables_are_read_together_or_refused():
     assert distributed.explicit_arguments({}) is None
     assert distributed.explicit_arguments(ALL) == ("h:1", 4, 3)
