@@ -1,0 +1,31 @@
+"""Figure 1, second reward: Flow-GRPO and Smart-GRPO trained on the aesthetic predictor.
+
+For      the reward per epoch of both, and what judges that are not trained on say of it.
+Hardware shapes: 2 CPU cores, under 3 GB. sd35: the weights and state of configs/sd35_medium.py.
+Command  python -m smart_grpo_jax.main --mode=experiment --config=configs/paper/figure1_aesthetic.py
+         in the other size: FILE:sd35; one line of it, trained alone: FILE:ARM or FILE:ARM,sd35
+Expect   not run yet; docs/reproducing.md will say.
+"""
+
+from smart_grpo_jax.core import ways
+from smart_grpo_jax.core.experiments import Arm, Experiment
+
+EXPERIMENT = Experiment(
+    question="Does the search learn faster per epoch on a learned reward?",
+    against="flow_grpo",
+    epochs={"shapes": 12},
+    by_size={
+        "shapes": {
+            "rewards": {"shapes_aesthetic_clip": 1.0},
+            "eval_rewards": {"shapes_aesthetic_clip": 1.0, "shapes": 0.0, "shapes_aesthetic": 0.0},
+        },
+        "sd35": {
+            "rewards": {"aesthetic": 1.0},
+            "eval_rewards": {"aesthetic": 1.0, "image_reward": 0.0, "hps": 0.0},
+        },
+    },
+    seeds=5,
+    arms={"flow_grpo": Arm(), "smart_grpo": Arm(ways.PUBLISHED)},
+)
+
+get_config = EXPERIMENT.get_config

@@ -1,0 +1,45 @@
+"""The search at sampling time: no training, what each size of it buys and costs.
+
+For      the cheapest search that keeps most of the gain; it screens what is worth training with.
+Hardware shapes: 2 CPU cores, under 3 GB. sd35: the weights and state of configs/sd35_medium.py.
+Command  python -m smart_grpo_jax.main --mode=experiment --config=configs/paper/sampling.py
+         in the other size: FILE:sd35; one line of it, trained alone: FILE:ARM or FILE:ARM,sd35
+Expect   not run yet; docs/reproducing.md will say.
+"""
+
+from smart_grpo_jax.core import ways
+from smart_grpo_jax.core.experiments import Arm, Experiment
+
+SIZES = [(k, n) for n in (1, 2, 3, 5) for k in (3, 5, 10, 25) if k * n <= 50]
+
+
+def grid() -> dict[str, Arm]:
+    """Rounds × candidates, the mean returned from several rounds and the best of one."""
+    arms = {}
+    for k, n in SIZES:
+        returns = "best" if n == 1 else "mean"
+        elite = 0.5 if k > 3 else 0.67
+        size = {"search.rounds": n, "search.candidates": k, "search.returns": returns, "search.elite": elite}
+        arms[f"early_{k}x{n}"] = Arm(ways.EARLY | ways.EVALUATED | size, longer=0)
+    return arms
+
+
+EXPERIMENT = Experiment(
+    question="What does the search buy at sampling time, and what does it cost?",
+    against="plain",
+    seeds=1,
+    common={"search.space": "transition"},
+    arms={
+        "plain": Arm({"sampler.eval_steps": 10}, longer=0),
+        "plain_40_steps": Arm({"sampler.eval_steps": 40}, longer=0),
+        "images_16": Arm({"sampler.eval_steps": 10, "eval.seeds": 16}, longer=0),
+        **grid(),
+        "late_5x5": Arm(ways.PUBLISHED | ways.EVALUATED, longer=0),
+        "all_5x5": Arm(ways.PUBLISHED | ways.EVALUATED | {"search.steps": "all"}, longer=0),
+        "random_5x5": Arm(
+            ways.PUBLISHED | ways.EARLY | ways.EVALUATED | {"search.select": "random"}, longer=0
+        ),
+    },
+)
+
+get_config = EXPERIMENT.get_config

@@ -1,0 +1,29 @@
+"""Where to search: early steps, which decide the picture, against late ones, which are judged well.
+
+For      the published search at other steps, and half-searched groups under the likelihood-free loss.
+Hardware shapes: 2 CPU cores, under 3 GB. sd35: the weights and state of configs/sd35_medium.py.
+Command  python -m smart_grpo_jax.main --mode=experiment --config=configs/paper/search_steps.py
+         in the other size: FILE:sd35; one line of it, trained alone: FILE:ARM or FILE:ARM,sd35
+Expect   not run yet; docs/reproducing.md will say.
+"""
+
+from smart_grpo_jax.core import ways
+from smart_grpo_jax.core.experiments import Arm, Experiment
+
+EXPERIMENT = Experiment(
+    question="At which steps does the search pay?",
+    against="late",
+    epochs={"shapes": 12},
+    arms={
+        "none": Arm(),
+        "late": Arm(ways.PUBLISHED),
+        "early": Arm(ways.PUBLISHED | ways.EARLY),
+        "first": Arm(ways.PUBLISHED | {"search.steps": [0, 1]}),
+        "middle": Arm(ways.PUBLISHED | {"search.steps": [3, 4, 5]}),
+        "half_early": Arm(ways.NFT | ways.window(1, 2) | ways.HALF),
+        "half_middle": Arm(ways.NFT | ways.window(4, 2) | ways.HALF | {"search.steps": [4, 5]}),
+        "half_late": Arm(ways.NFT | ways.window(7, 2) | ways.HALF | {"search.steps": [7, 8]}),
+    },
+)
+
+get_config = EXPERIMENT.get_config

@@ -1,0 +1,100 @@
+"""Figures and numbers of the docs are those of their logs."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from smart_grpo_jax.core.errors import UserError
+from smart_grpo_jax.jobs import compare, compare_runs
+from tests.jobs.made_runs import arm
+
+DOCS = Path(__file__).parents[2] / "docs"
+FIGURES = runpy.run_path(str(DOCS / "make_figures.py"))
+
+PAGE = """# Page
+
+The mean is <!-- made value trial.jsonl plain shapes -->0.1<!-- end -->, the difference
+<!-- made difference trial.jsonl better plain shapes cost --><!-- end -->,
+<!-- made verdict trial.jsonl better plain shapes end --><!-- end -->.
+
+<!-- made table trial.jsonl plain epoch --><!-- end -->
+<!-- made figure trial.jsonl second/graded cost --><!-- end -->
+"""
+
+
+@pytest.fixture
+def docs(tmp_path):
+    folder = tmp_path / "docs"
+    (folder / "results").mkdir(parents=True)
+    for name, gain in (("plain", 0.1), ("better", 0.2)):
+        arm(tmp_path, name, gain=gain, seeds=range(3))
+    runs = compare_runs.load([f"{tmp_path}/plain/*", f"{tmp_path}/better/*"])
+    compare.write_results(folder / "results" / "trial.jsonl", runs)
+    (folder / "page.md").write_text(PAGE)
+    (folder / "other.md").write_text("nothing made here\n")
+    return folder
+
+
+def write(docs):
+    for path, content in FIGURES["everything"](docs).items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+
+
+def test_the_docs_agree_with_their_logs():
+    for path, content in FIGURES["everything"](DOCS).items():
+        assert path.is_file() and path.read_text(encoding="utf-8") == content, (
+            f"{path.name} is stale; run: python docs/make_figures.py"
+        )
+    assert not FIGURES["orphans"](DOCS)
+
+
+def test_numbers_tables_and_figures_are_filled_in_and_stay_as_they_are(docs):
+    write(docs)
+    text = (docs / "page.md").read_text()
+    assert "-->0.1<!--" not in text and "better<!-- end -->" in text
+    assert "| plain | 3 | 4 |" in text and "+0." in text
+    assert "(figures/trial-second-graded-cost.svg)" in text
+    svg = (docs / "figures" / "trial-second-graded-cost.svg").read_text()
+    assert svg.startswith("<svg xmlns=") and "<script" not in svg and svg.count("polyline") == 2
+    assert FIGURES["everything"](docs)[docs / "page.md"] == text
+    assert docs / "other.md" not in FIGURES["everything"](docs)
+
+
+def test_a_changed_number_is_seen_and_so_is_a_figure_that_no_page_shows(docs):
+    write(docs)
+    page = docs / "page.md"
+    page.write_text(page.read_text().replace("| plain | 3 | 4 |", "| plain | 3 | 5 |"))
+    assert FIGURES["everything"](docs)[page] != page.read_text()
+    (docs / "figures" / "old.svg").write_text("<svg></svg>")
+    assert FIGURES["orphans"](docs) == [docs / "figures" / "old.svg"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ("valeu trial.jsonl plain shapes", 'try "value"'),
+        ("value none.jsonl plain shapes", "no file"),
+        ("value trial.jsonl plan shapes", "got 0 results"),
+        ("value trial.jsonl plain shape", 'try "shapes"'),
+        ("value trial.jsonl plain", "words"),
+        ("difference trial.jsonl better plain shapes coast", "got 0 results"),
+        ("table trial.jsonl plan cost", "--against"),
+    ],
+)
+def test_a_place_that_asks_for_what_is_not_there_is_an_error(asked, says, docs):
+    (docs / "page.md").write_text(f"<!-- made {asked} --><!-- end -->")
+    with pytest.raises(UserError, match=says):
+        FIGURES["everything"](docs)
+
+
+def test_the_table_of_claims_names_every_experiment_with_its_lines_and_seeds():
+    told = {}
+    for line in (DOCS / "reproducing.md").read_text(encoding="utf-8").splitlines():
+        if found := re.match(r"\|[^|]*\| (`\w+`(?:, `\w+`)*) \| (\d+) × (\d+) \|", line):
+            told |= {name: (int(found[2]), int(found[3])) for name in re.findall(r"`(\w+)`", found[1])}
+    files = (DOCS.parent / "configs" / "paper").glob("*.py")
+    experiments = {path.stem: runpy.run_path(str(path))["EXPERIMENT"] for path in files}
+    assert told == {name: (len(e.names("shapes")), e.seeds) for name, e in experiments.items()}
