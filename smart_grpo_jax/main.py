@@ -180,7 +180,12 @@ def _export(config: Config, flags: Flags, argv: Sequence[str]) -> None:
     from smart_grpo_jax.jobs import export
 
     export.job(
-        _settled(config), workdir(flags), epoch=flags.epoch, weights=flags.weights, form=flags.format, out=flags.out
+        _settled(config),
+        workdir(flags),
+        epoch=flags.epoch,
+        weights=flags.weights,
+        form=flags.format,
+        out=flags.out,
     )
 
 

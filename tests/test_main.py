@@ -10,6 +10,7 @@ import pytest
 
 from smart_grpo_jax import main as entry
 from smart_grpo_jax.core import config as configs
+from smart_grpo_jax.core import resumable
 from smart_grpo_jax.core.errors import LINE_LIMIT
 from smart_grpo_jax.runtime.run_folder import RunFolder
 
@@ -311,7 +312,7 @@ def test_help_shows_every_mode(capsys):
 def test_a_run_cannot_be_taken_up_with_another_meaning(tmp_path, capsys):
     values = entry.run_file(good(tmp_path).removeprefix("--config="))
     stored = configs.to_dict(configs.from_dict(values))
-    RunFolder.open(tmp_path / "run", config=stored, command=["first"], semantic=configs.semantic).close()
+    RunFolder.open(tmp_path / "run", config=stored, command=["first"], semantic=resumable.semantic).close()
     argv = [good(tmp_path), f"--workdir={tmp_path / 'run'}", "--config.train.learning_rate=0.1"]
     assert entry.main(argv) == 2
     assert_one_line(capsys.readouterr().err, ["train.learning_rate", "0.0003", "0.1"])

@@ -8,7 +8,6 @@ default, then against the contradictions between fields. Nothing below the entry
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -304,37 +303,9 @@ class Config:
     pretrain: Pretrain = section(Pretrain)
 
 
-RESUMABLE = (
-    "train.epochs",
-    "train.check_rewards",
-    "model.attention",
-    "log.",
-    "checkpoint.",
-    "memory.",
-    "mesh.",
-    "host.",
-    "audit.",
-    "pretrain.",
-)
-"""Fields that may change when a run is taken up again: none of them changes what is computed."""
-
-
 def default() -> ConfigDict:
     """All defaults as a ConfigDict that a config file edits."""
     return ConfigDict(schema.to_dict(Config()), type_safe=False)
-
-
-WHERE_REWARDS_ARE = re.compile(
-    r"(rewards|search_reward|eval_rewards)\..*\."
-    r"(url|key_env|batch|workers|timeout|deadline|retries|breaker|cooldown)"
-)
-"""Options of a reward that say where and how patiently it is asked, not what: these may change, too."""
-
-
-def semantic(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a config dict that must not change when a run is resumed."""
-    flat = schema.flatten(config)
-    return {k: v for k, v in flat if not k.startswith(RESUMABLE) and not WHERE_REWARDS_ARE.fullmatch(k)}
 
 
 def from_dict(values: Mapping[str, Any] | ConfigDict) -> Config:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from smart_grpo_jax.core import config as configs
+from smart_grpo_jax.core import resumable
 from smart_grpo_jax.core.config import Config
 from smart_grpo_jax.jobs import audit_numbers
 from smart_grpo_jax.jobs.audit_numbers import Step
@@ -50,7 +51,7 @@ def identity(config: Config) -> dict[str, Any]:
     asked = values["search_reward"] or values["rewards"]
     fields = {
         k: v
-        for k, v in configs.semantic(values).items()
+        for k, v in resumable.semantic(values).items()
         if k.startswith(HOLDS_FOR) and not k.startswith(INDIFFERENT)
     }
     return fields | {f"search_reward.{name}": entry for name, entry in asked.items()}

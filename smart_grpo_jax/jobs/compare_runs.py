@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from smart_grpo_jax.core import config as configs
-from smart_grpo_jax.core import schema
+from smart_grpo_jax.core import resumable, schema
 from smart_grpo_jax.core.errors import UserError
 from smart_grpo_jax.jobs import report_folder, statistics
 from smart_grpo_jax.jobs.report_folder import Story, is_number
@@ -258,7 +258,7 @@ def _check_arm(arm: Arm) -> None:
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a run computes, but for its seed: the defaults filled in."""
     whole = dict(schema.flatten(configs.to_dict(configs.Config()))) | dict(schema.flatten(config))
-    kept = configs.semantic(whole) | {"train.epochs": whole["train.epochs"]}
+    kept = resumable.semantic(whole) | {"train.epochs": whole["train.epochs"]}
     return {name: value for name, value in kept.items() if name not in NOT_COMPARED}
 
 

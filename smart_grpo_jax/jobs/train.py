@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from smart_grpo_jax.core import config as configs
+from smart_grpo_jax.core import resumable
 from smart_grpo_jax.core.config import Config
 from smart_grpo_jax.core.errors import NumericsError, PleaseRestart, StorageError
 from smart_grpo_jax.core.types import PyTree, TrainState
@@ -91,7 +92,7 @@ def job(config: Config, workdir: str, command: Sequence[str], profile: int | Non
         StopFlag() as stop,
         Watchdog(workdir, jax.process_index(), log.deadline, silence=log.silence, lag=log.lag) as watchdog,
         RunFolder.open(
-            workdir, config=configs.to_dict(config), command=list(command), semantic=configs.semantic
+            workdir, config=configs.to_dict(config), command=list(command), semantic=resumable.semantic
         ) as folder,
         Checkpoints(folder.path, keep=config.checkpoint.keep, best_of="eval/reward", say=say) as checkpoints,
     ):

@@ -5,7 +5,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from smart_grpo_jax.core import config as configs
-from smart_grpo_jax.core import contradictions, schema
+from smart_grpo_jax.core import contradictions, resumable, schema
 from smart_grpo_jax.core.config import Config
 from smart_grpo_jax.core.errors import UserError
 
@@ -103,14 +103,14 @@ def test_the_reference_names_every_field():
     "field", ["train.epochs", "log.every", "checkpoint.keep", "memory.train", "mesh.data"]
 )
 def test_a_run_may_be_taken_up_with_another(field):
-    old = configs.semantic(configs.to_dict(Config()))
-    assert configs.semantic(configs.to_dict(overridden((field, "5")))) == old
+    old = resumable.semantic(configs.to_dict(Config()))
+    assert resumable.semantic(configs.to_dict(overridden((field, "5")))) == old
 
 
 @pytest.mark.parametrize("field", ["seed", "train.warmup", "prompts.groups", "search.rounds", "eval.every"])
 def test_a_run_may_not_be_taken_up_with_another(field):
-    old = configs.semantic(configs.to_dict(Config()))
-    new = configs.semantic(configs.to_dict(overridden((field, "4"))))
+    old = resumable.semantic(configs.to_dict(Config()))
+    new = resumable.semantic(configs.to_dict(overridden((field, "4"))))
     assert {k for k in old if old[k] != new[k]} == {field}
 
 
@@ -131,3 +131,10 @@ def test_the_search_is_off_in_three_ways():
     assert configs.searched_steps(on)
     for name, text in (("search.rounds", "0"), ("search.steps", "none"), ("search.members", "0")):
         assert not configs.searched_steps(overridden((name, text)))
+
+
+def test_a_field_that_an_older_run_did_not_know_counts_with_its_default():
+    known = configs.to_dict(overridden(("rewards.shapes", "2")))
+    older = {**known, "train": {k: v for k, v in known["train"].items() if k != "half_life"}}
+    assert resumable.semantic(older) == resumable.semantic(known)
+    assert resumable.semantic(older)["rewards.shapes"] == 2

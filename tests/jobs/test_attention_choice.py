@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from smart_grpo_jax.core import config as configs
+from smart_grpo_jax.core import resumable
 from smart_grpo_jax.jobs import assemble
 from tests.jobs import tiny_run
 
@@ -47,4 +48,4 @@ def test_a_kernel_of_another_platform_is_refused_before_anything_is_read(name, t
 
 def test_another_attention_is_no_other_run():
     before, after = (configs.to_dict(config(attention=name)) for name in ("xla", "chunked"))
-    assert before != after and configs.semantic(before) == configs.semantic(after)
+    assert before != after and resumable.semantic(before) == resumable.semantic(after)
