@@ -128,7 +128,6 @@ def assemble(
     fns, policy = functions(config, pipe, velocity, judged, mesh)
     times = time_grid(config, pipe, config.sampler.steps)
     negative = distributed.place(embeddings.rows([config.prompts.negative]), replicated(mesh))
-    rewards = {"reward": judged.training.params, "search_reward": judged.search.params}
     return Run(
         config=config,
         mesh=mesh,
@@ -141,7 +140,7 @@ def assemble(
         search_reward=judged.search,
         eval_reward=judged.evaluation,
         frozen={"params": pipe.params["transformer"], "negative": negative},
-        fixed={"decoder": pipe.params["vae"], **rewards},
+        fixed={"decoder": pipe.params["vae"], **judged.params},
         fns=fns,
         policy=policy,
         recipe=recipe(config),

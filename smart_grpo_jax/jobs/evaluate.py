@@ -73,7 +73,10 @@ def evaluator(
     def evaluate(
         trainable: PyTree, seed: int = EVAL_SEED, mark: Callable[[], None] = lambda: None
     ) -> Evaluation:
-        params = run.rollout_params(trainable) | {"reward": run.eval_reward.params}
+        params = run.rollout_params(trainable) | {
+            "reward": run.eval_reward.params,
+            "search_reward": run.search_reward.params,
+        }
         knobs = eval_knobs(config, times, searched, seed)
         scores: dict[str, list[np.ndarray]] = {}
         images: list[np.ndarray] = []

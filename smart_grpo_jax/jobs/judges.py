@@ -25,6 +25,12 @@ class Judges(NamedTuple):
     search: base.Reward
     evaluation: base.Reward
 
+    @property
+    def params(self) -> dict[str, PyTree]:
+        """What a rollout takes; the search's own only where it has any."""
+        own = {} if self.search is self.training else {"search_reward": self.search.params}
+        return {"reward": self.training.params, **own}
+
 
 def greet(config: Config) -> None:
     """UserError for a server that is not there, before any weights are read."""

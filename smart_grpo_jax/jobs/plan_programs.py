@@ -95,11 +95,7 @@ class Paper:
     @property
     def fixed(self) -> dict[str, PyTree]:
         """What a rollout reads beside the policy."""
-        return {
-            "decoder": self.pipe.params["vae"],
-            "reward": self.judged.training.params,
-            "search_reward": self.judged.search.params,
-        }
+        return {"decoder": self.pipe.params["vae"], **self.judged.params}
 
     def conditioning(self, rows: int) -> Conditioning:
         """The embeddings of prompts."""
@@ -200,7 +196,7 @@ def evaluate_program(p: Paper) -> Program:
     texts = [items[i % len(items)].text for i in range(size)]
     params = {"policy": p.policy.bind(p.frozen, p.state.ema), **p.fixed}
     args = (
-        params | {"reward": p.judged.evaluation.params},
+        params | {"reward": p.judged.evaluation.params, "search_reward": p.judged.search.params},
         on_paper(knobs, p.everywhere),
         prompts(p, texts, p.judged.evaluation),
     )

@@ -64,7 +64,12 @@ def prices(run: Run, trainable: PyTree) -> dict[str, float]:
         "gradient": price(jax.grad(loss), trainable, run.frozen, x, t, cond),
     }
     if run.shape.searched_members:
-        tried = params["search_reward"], images, run.search_reward.prepare(texts), number(())
+        tried = (
+            params.get("search_reward", params["reward"]),
+            images,
+            run.search_reward.prepare(texts),
+            number(()),
+        )
         same = searching is guided
         found["search velocity"] = found["velocity"] if same else price(searching, bound, x, t, cond)
         found["search reward"] = price(fns.search_score, *tried)

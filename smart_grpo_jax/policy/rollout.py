@@ -108,7 +108,8 @@ class Acted(NamedTuple):
 def act(fns: Functions, shape: Shape, params: PyTree, knobs: Knobs, batch: Batch) -> Acted:
     """Roll out every member of every group.
 
-    `params` holds "policy", "decoder", "reward" and "search_reward". Row b of the result is member
+    `params` holds "policy", "decoder", "reward" and, where the search has one of its own, "search_reward":
+    arrays that are passed twice would count twice in the memory of the program. Row b of the result is member
     b % members of group b // members. With `shape.stop < shape.steps` the rollout ends early and x0 is
     the one-step estimate from where it stopped.
     """
@@ -237,10 +238,9 @@ def _search_states(
         z = flat(origin[:, None] + std[:, None] * m)
         v = fns.search_velocity(params["policy"], z, jnp.full(z.shape[0], level), cond)
         latents = transition.one_step(z, v, level)
+        asked = params.get("search_reward", params["reward"])
         # Decode and judge a piece: the pictures of all candidates never lie there at once.
-        judge = lambda a: fns.search_score(
-            params["search_reward"], fns.decode(params["decoder"], a[0]), a[1], level
-        )
+        judge = lambda a: fns.search_score(asked, fns.decode(params["decoder"], a[0]), a[1], level)
         piece = min(filter(None, (shape.decode_chunk, shape.reward_chunk)), default=0)
         scores = in_pieces(judge, piece, (latents, ctx), fns.ways, fns.constrain)
         scores = jax.tree.map(lambda a: a.reshape(-1, count), scores)

@@ -93,7 +93,10 @@ def test_the_programs_on_paper_have_the_arguments_of_training(name, tmp_path):
     batch, _ = assemble.make_batch(run, [i.text for i in items[:size]], size, run.eval_reward, range(size))
     times = assemble.time_grid(config, run.pipeline, config.sampler.eval_steps)
     knobs = evaluate.eval_knobs(config, times, False, 0)
-    params = run.rollout_params(state.ema) | {"reward": run.eval_reward.params}
+    params = run.rollout_params(state.ema) | {
+        "reward": run.eval_reward.params,
+        "search_reward": run.search_reward.params,
+    }
     assert shapes(look.args) == shapes((params, knobs, batch)) and look.times == calls
 
 
