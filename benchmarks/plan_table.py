@@ -67,11 +67,9 @@ def kinds(words: Sequence[str]) -> list[list[str]]:
 
 
 def config_of(model: str, method: str) -> Config:
-    """The shipped config with the rewards of the table, everything else left to the plan."""
+    """The shipped config, whose mesh and pieces are left to the plan, with the rewards of the table."""
     values: Any = run_file(f"{ROOT / 'configs' / model}.py:{method},512,lora")
     values.rewards = {"image_reward": 1.0, "aesthetic": 1.0}
-    values.memory.update(dict.fromkeys(("rollout", "decode", "reward", "train"), "auto"))
-    values.search.chunk = values.mesh.fsdp = "auto"
     return configs.from_dict(values)
 
 

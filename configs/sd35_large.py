@@ -30,12 +30,12 @@ from smart_grpo_jax.core import recipes
 
 
 def get_config(words: str = "") -> ConfigDict:
-    """A few groups at a time; the backward pass keeps one block's activations."""
+    """Mesh and pieces as the devices allow; the backward pass keeps one block's activations."""
     chosen = recipes.choices(words, recipes.WORDS)
     config = recipes.RECIPES[chosen["method"]]()
     config.model.path = "stabilityai/stable-diffusion-3.5-large"
     config.model.resolution = int(chosen["side"])
     config.rewards, config.eval_rewards = {"compressibility": 1.0}, {}
     recipes.fine_tuning(config, chosen["weights"])
-    recipes.in_pieces(config, images=8 if chosen["side"] == "512" else 2)
+    recipes.as_it_fits(config)
     return config

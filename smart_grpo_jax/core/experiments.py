@@ -129,7 +129,7 @@ def sd35() -> ConfigDict:
     config.checkpoint.every, config.checkpoint.keep = 20, 1
     config.eval.every = 20
     recipes.fine_tuning(config, "lora")
-    recipes.in_pieces(config, images=16)
+    recipes.as_it_fits(config)
     return config
 
 

@@ -75,9 +75,10 @@ def fine_tuning(config: Any, weights: str) -> None:
         config.train.learning_rate = 1e-5
 
 
-def in_pieces(config: Any, images: int) -> None:
-    """At most about so many images or states in one call of a network; the backward pass recomputes."""
-    config.memory.rollout = max(1, images // config.prompts.members)
-    config.memory.decode = config.memory.reward = config.memory.train = images
-    config.search.chunk = max(1, images // config.search.candidates)
+def as_it_fits(config: Any) -> None:
+    """As much in one call of a network, and as few copies of its weights, as the devices allow
+    (docs/plan.md); the backward pass recomputes."""
+    for name in ("rollout", "decode", "reward", "train"):
+        config.memory[name] = "auto"
+    config.search.chunk = config.mesh.fsdp = "auto"
     config.memory.remat = "full"
