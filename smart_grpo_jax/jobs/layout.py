@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from smart_grpo_jax.core.config import Config
 from smart_grpo_jax.core.types import PyTree, TrainState
@@ -74,7 +74,7 @@ def of_state(config: Config, pipe: Pipeline, mesh: Mesh, recipe: update.Recipe, 
 
 def learner(
     policy: update.Policy, recipe: update.Recipe, mesh: Mesh, where: TrainState
-) -> Callable[..., tuple[TrainState, dict[str, NamedSharding]]]:
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """`update.learn`, compiled. The new state takes the old one's memory: without its layout being said, the
     compiler may choose another, and then nothing can be reused."""
     learn = partial(update.learn, policy, recipe)
