@@ -3,8 +3,8 @@
 For      the demonstration: minutes on a laptop, from a base model that listens badly to one that listens.
 Hardware 2 CPU cores, under 3 GB.
 Command  python -m smart_grpo_jax.main --config configs/shapes.py
-Expect   graded .536 -> .682, strict .304 -> .496 in 4 minutes from an empty compile cache; one seed. The
-         same run without the search (search.rounds = 0) ends at .680 / .483: see README.md.
+Expect   graded .536 -> .668, strict .304 -> .442 in some minutes from an empty compile cache; one seed. The
+         same run without the search (search.rounds = 0) does not end lower: see README.md.
 
 At two early steps (t = 0.89 and 0.78, where the layout is decided) half of each group executes the best
 of 4 searched noises, the other half plain noise; the rest of the path is the ODE. All finished images of
