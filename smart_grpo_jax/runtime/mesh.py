@@ -6,8 +6,11 @@ import math
 import os
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from smart_grpo_jax.core.errors import UserError
@@ -39,8 +42,23 @@ def make_mesh(
             f"mesh.data: got {data}, want {count // inner} "
             f"({count} devices / fsdp {fsdp} / tensor {tensor}), or 0 for all that remain"
         )
-    shape = (count // inner, fsdp, tensor)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    placed = arranged((count // inner, fsdp, tensor), devices)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def arranged(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices in the order in which neighbours in the mesh are neighbours in the torus.
+
+    An axis of the mesh may take a part of an axis of the torus (fsdp 8 on 4 × 4 chips). Slices are cut along
+    data, since what goes between them goes over the hosts' network.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if devices[0].platform == "tpu" and slices > 1 and shape[0] % slices == 0:
+        within = (shape[0] // slices, *shape[1:])
+        return mesh_utils.create_hybrid_device_mesh(
+            within, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -1,9 +1,12 @@
+from importlib.util import find_spec
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from smart_grpo_jax.core.errors import UserError
+from smart_grpo_jax.runtime import aot, topologies
 from smart_grpo_jax.runtime import mesh as meshes
 
 COUNT = jax.device_count()
@@ -76,3 +79,20 @@ def test_large_frozen_parameters_are_spread_over_fsdp_along_an_axis_that_divides
     assert placed["table"].addressable_shards[0].data.shape == (300, 256)
     everywhere = meshes.at_rest(mesh, tree)
     assert all(sharding.is_fully_replicated for sharding in jax.tree.leaves(everywhere))
+
+
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.parametrize(
+    ("name", "axes"),
+    [("v6e:4x4", (0, 8, 1)), ("v5e:4x4", (0, 2, 4)), ("v5p:2x2x2", (0, 4, 2)), ("v5e:16x16", (0, 32, 1))],
+)
+def test_an_axis_of_the_mesh_may_take_a_part_of_an_axis_of_the_torus(name, axes):
+    mesh = aot.mesh_of(topologies.parse(name), *axes)
+    assert mesh.shape["fsdp"] == axes[1] and len(set(mesh.devices.ravel())) == mesh.size
+
+
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu")
+def test_slices_are_cut_along_data():
+    mesh = aot.mesh_of(topologies.parse("2xv5e:4x4"), 0, 4, 1)
+    for row in mesh.devices.reshape(8, 4):
+        assert len({device.slice_index for device in row}) == 1
