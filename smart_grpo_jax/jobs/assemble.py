@@ -311,6 +311,15 @@ def groups_per_call(run: Run, groups: int, members: int, chunk: int) -> tuple[in
     return size, -(-groups // size)
 
 
+def training_calls(config: Config, mesh: Mesh) -> tuple[int, int]:
+    """(groups in one rollout call, calls of an epoch). Where one call is the epoch, the images of each
+    optimizer step divide over the devices, too."""
+    groups, members, size = config.prompts.groups, config.prompts.members, config.memory.rollout
+    whole = size in (0, groups)
+    size = pad_groups(size or groups, members, mesh, config.train.updates_per_epoch if whole else 1)
+    return size, -(-groups // size)
+
+
 def make_batch(
     run: Run,
     texts: Sequence[str],

@@ -23,7 +23,7 @@ from smart_grpo_jax.hub.pipeline import Pipeline
 from smart_grpo_jax.jobs import assemble, evaluate, judges, layout, traced
 from smart_grpo_jax.policy import credit, rollout, update
 from smart_grpo_jax.rewards import base, skeletons
-from smart_grpo_jax.runtime.mesh import BATCH_AXES, pad_groups, replicated
+from smart_grpo_jax.runtime.mesh import BATCH_AXES, replicated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +79,12 @@ class Paper:
     @property
     def groups(self) -> int:
         """Prompt groups of one rollout call."""
-        prompts = self.config.prompts
-        return pad_groups(self.config.memory.rollout or prompts.groups, prompts.members, self.mesh)
+        return assemble.training_calls(self.config, self.mesh)[0]
 
     @property
     def calls(self) -> int:
         """Rollout calls of an epoch."""
-        return -(-self.config.prompts.groups // self.groups)
+        return assemble.training_calls(self.config, self.mesh)[1]
 
     @property
     def images(self) -> int:
@@ -156,7 +155,7 @@ def update_program(p: Paper) -> Program:
     """Learn: passes, optimizer steps, gradient calls."""
     roll = rollout_program(p)
     acted = jax.eval_shape(roll.fn, *roll.args)
-    groups = p.config.prompts.groups
+    groups = p.groups * p.calls
     masks = traced.credit_masks(p.config, p.times, 0, np.ones(groups, bool))
     # one call more or less of the rollout has the same samples as a whole epoch in one call
     whole = jax.eval_shape(partial(stretched, p.groups, groups, p.shape.members), acted)

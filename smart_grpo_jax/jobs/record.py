@@ -101,24 +101,6 @@ def join(parts: Sequence[Acted]) -> Acted:
     return Acted(**joined)
 
 
-def without_padding(acted: Acted, batch: Batch, real: np.ndarray) -> tuple[Acted, Batch]:
-    """Only the groups that were asked for. The update draws its batches from the images, so what fills
-    the mesh must not take a place among them: what is learned does not depend on the mesh."""
-    if real.all():
-        return acted, batch
-    groups = np.flatnonzero(real)
-
-    def rows(axis: int) -> Any:
-        def take(a: Any) -> Any:
-            each = a.shape[axis] // len(real)
-            return jnp.take(a, (groups[:, None] * each + np.arange(each)).ravel(), axis)
-
-        return take
-
-    kept = {name: jax.tree.map(rows(int(name in PATHS)), getattr(acted, name)) for name in Acted._fields}
-    return Acted(**kept), jax.tree.map(rows(0), batch)
-
-
 def join_batches(batches: Sequence[Batch]) -> Batch:
     """The prompts of several calls as one table."""
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *batches)
@@ -184,7 +166,7 @@ def one_step_decodes(
     [steps, prompts, H, W, 3] in 8 bits. `act` is the rollout of training, so that it need not be compiled
     again; the first member of each of its groups is looked at, and is among those that search."""
     config = run.config.prompts
-    size, _ = assemble.groups_per_call(run, config.groups, config.members, run.config.memory.rollout)
+    size, _ = assemble.training_calls(run.config, run.mesh)
     texts = texts[:size]
     knobs = traced.rollout_knobs(run.config, run.times, 0)
     knobs = knobs._replace(seed=jnp.uint32(evaluate.EVAL_SEED), execute_search=jnp.asarray(True))

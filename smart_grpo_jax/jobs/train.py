@@ -274,7 +274,7 @@ def act(loop: Loop, programs: Programs) -> tuple[rollout.Acted, credit.Masks, ro
     index = prompt_data.epoch_groups(len(run.prompts.prompts), config.prompts.groups, config.seed, loop.epoch)
     texts = [run.prompts.prompts[i] for i in index]
     members = config.prompts.members
-    size, calls = assemble.groups_per_call(run, len(texts), members, config.memory.rollout)
+    size, calls = assemble.training_calls(config, run.mesh)
     knobs = traced.rollout_knobs(run.config, run.times, loop.epoch)
     params = run.rollout_params(loop.state.params)
     mark = loop.watchdog.mark
@@ -296,11 +296,10 @@ def act(loop: Loop, programs: Programs) -> tuple[rollout.Acted, credit.Masks, ro
         if scored:
             parts = [host_scores.added(part, scores) for part, scores in zip(parts, scored, strict=True)]
         loop.failed = outside.failed
-        joined = record.join(parts), record.join_batches(batches)
-        acted, batch = record.without_padding(*joined, np.concatenate(real))
+        acted, batch = record.join(parts), record.join_batches(batches)
         mark()
         jax.block_until_ready(acted.reward)
-    masks = traced.credit_masks(run.config, run.times, loop.epoch, np.ones(len(texts), bool))
+    masks = traced.credit_masks(run.config, run.times, loop.epoch, np.concatenate(real))
     return acted, masks, batch
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
@@ -78,6 +79,9 @@ class Draw(NamedTuple):
     eps: Float[Array, "m h w c"] | None
 
 
+GOLDEN = np.uint32(2654435769)
+"""2³² over the golden ratio: its multiples, modulo 2³², leave no large gap however many they are."""
+
 Experience = Transitions | Endpoints
 LossFn = Callable[..., tuple[Array, dict[str, Array]]]
 
@@ -134,8 +138,8 @@ def _dealt(key: Array, samples: int, updates: int) -> Int[Array, "updates blocks
 
     So an update sees all prompts, and a sample never leaves the device on which it was drawn.
     """
-    keys = jax.random.split(key, samples // updates)
-    return jax.vmap(lambda key: jax.random.permutation(key, updates))(keys).T
+    deal = lambda block: jax.random.permutation(jax.random.fold_in(key, block), updates)
+    return jax.vmap(deal)(jnp.arange(samples // updates)).T
 
 
 def _picked(experience: Experience, pick: Int[Array, " blocks"], updates: int) -> Experience:
@@ -258,15 +262,17 @@ def _without_max(metrics: dict[str, Array]) -> dict[str, Array]:
 
 
 def _draw(batch: Experience, key: Array) -> Draw:
-    """Fresh times and noise per finished latent; times are stratified over (0.05, 1). Stored steps carry
-    their own."""
+    """Fresh times and noise per finished latent; stored steps carry their own. What a row draws follows from
+    its place, not from the number of rows, for a mesh may have been filled up behind them: times are spread
+    over (0.05, 1) by multiples of the golden ratio from a random start."""
     if isinstance(batch, Transitions):
         return Draw(None, None)
     rows = batch.x0.shape[0]
-    key_t, key_eps, key_order = jax.random.split(key, 3)
-    order = jax.random.permutation(key_order, rows)
-    u = (order + jax.random.uniform(key_t, (rows,))) / rows
-    return Draw(0.05 + 0.95 * u, jax.random.normal(key_eps, batch.x0.shape))
+    key_t, key_eps = jax.random.split(key)
+    turns = jax.random.bits(key_t, dtype=jnp.uint32) + jnp.arange(rows, dtype=jnp.uint32) * GOLDEN
+    u = (turns >> 8).astype(jnp.float32) * 2.0**-24
+    eps = jax.vmap(lambda row: jax.random.normal(jax.random.fold_in(key_eps, row), batch.x0.shape[1:]))
+    return Draw(0.05 + 0.95 * u, eps(jnp.arange(rows)))
 
 
 def _endpoint_loss(

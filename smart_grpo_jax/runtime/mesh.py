@@ -94,12 +94,12 @@ def at_rest(mesh: Mesh, params: PyTree, limit: int = REPLICATED_BYTES) -> PyTree
     return jax.tree.map(lie, params)
 
 
-def pad_groups(groups: int, members: int, mesh: Mesh) -> int:
-    """The smallest groups' ≥ groups with groups' × members divisible by data × fsdp.
+def pad_groups(groups: int, members: int, mesh: Mesh, parts: int = 1) -> int:
+    """The smallest groups' ≥ groups with groups' × members divisible by data × fsdp × parts.
 
-    The groups that are added are computed and masked, so what is learned does not depend on the mesh.
+    The groups that are added are computed and weigh nothing, so what is learned does not depend on the mesh.
     """
-    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    ways = parts * math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     unit = ways // math.gcd(ways, members)
     return -(-groups // unit) * unit
 

@@ -86,18 +86,6 @@ def test_rollouts_in_parts_give_the_same_rewards():
     np.testing.assert_allclose(joined.found.rewards, whole.found.rewards, atol=1e-6)
 
 
-def test_what_fills_the_mesh_is_taken_out_without_a_trace():
-    padded, batch = toy.act(toy.shape(), toy.knobs(searched=[1]), toy.batch(4)), toy.batch(4)
-    real = np.array([True, True, True, False])
-    kept, few = record.without_padding(padded, batch, real)
-    plain = toy.act(toy.shape(), toy.knobs(searched=[1]))
-    assert jax.tree.map(np.shape, (kept, few)) == jax.tree.map(np.shape, (plain, toy.batch()))
-    assert toy.same(kept.x[0], plain.x[0]) and toy.same(few, toy.batch())
-    np.testing.assert_allclose(kept.reward, plain.reward, atol=1e-6)  # another batch size
-    same, _ = record.without_padding(padded, batch, np.ones(4, bool))
-    assert same is padded
-
-
 @pytest.mark.parametrize("field", ["decode_chunk", "reward_chunk"])
 def test_decoding_and_scoring_in_chunks_changes_nothing(field):
     whole = toy.act(PLAIN, toy.knobs())

@@ -89,7 +89,8 @@ import json, sys
 from smart_grpo_jax.runtime import aot, topologies
 name, *axes = json.loads(sys.argv[1])
 mesh = aot.mesh_of(topologies.parse(name), *axes)
-print(json.dumps([[(d.id, getattr(d, "slice_index", 0)) for d in row] for row in mesh.devices.reshape(-1, axes[1])]))
+told = lambda d: (d.id, getattr(d, "slice_index", 0))
+print(json.dumps([[told(d) for d in row] for row in mesh.devices.reshape(-1, axes[1])]))
 """
 
 
