@@ -81,9 +81,7 @@ def loss_of(recipe, given, trained, old, knobs):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_goes_down_on_a_fixed_batch(loss):
     given = experience(**LOSSES[loss])
-    if isinstance(
-        given, Endpoints
-    ):  # many rows: what they draw is noise
+    if isinstance(given, Endpoints):  # many rows: what they draw is noise
         given = jax.tree.map(lambda a: jax.numpy.concatenate([a] * 32), given)
     recipe = toy.recipe(loss=loss, updates=1, passes=30)
     knobs = toy.update_knobs(learning_rate=3e-3, clip=0.2)
