@@ -26,8 +26,8 @@ def stop_at(name, step):
     phase = watchdog.Watchdog.phase
 
     @contextlib.contextmanager
-    def stopping(self, entered, at):
-        with phase(self, entered, at):
+    def stopping(self, entered, at, **options):
+        with phase(self, entered, at, **options):
             if (entered, at) == (name, step):
                 os.kill(os.getpid(), signal.SIGTERM)
             yield
