@@ -39,8 +39,10 @@ def look_at_begin(*given):
 def look_at_act(loop, programs):
     acted, masks, batch = act(loop, programs)
     whole = distributed.whole
-    seen["drawn"].append([digest(whole(batch.prompt_id)), digest(whole(acted.x[0]))])
-    seen.setdefault("reward", []).append(float(np.mean(whole(acted.reward))))
+    groups = int(masks.real.sum())  # what fills the mesh comes last
+    images = groups * acted.reward.shape[0] // len(masks.real)
+    seen["drawn"].append([digest(whole(batch.prompt_id)[:groups]), digest(whole(acted.x[0])[:images])])
+    seen.setdefault("reward", []).append(float(np.mean(whole(acted.reward)[:images])))
     return acted, masks, batch
 
 def look_at_learn(loop, *given):
