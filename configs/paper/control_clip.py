@@ -15,15 +15,9 @@ EXPERIMENT = Experiment(
     against="flow_grpo",
     epochs={"shapes": 12},
     by_size={
-        "shapes": {
-            "rewards": {"compressibility": 1.0},
-            "eval_rewards": {"compressibility": 1.0, "shapes": 0.0, "shapes_aesthetic": 0.0},
-            "train.check_rewards": False,
-        },
-        "sd35": {
-            "rewards": {"clip_score": 1.0},
-            "eval_rewards": {"clip_score": 1.0, "image_reward": 0.0, "aesthetic": 0.0},
-        },
+        "shapes": ways.trained_on("compressibility", "shapes", "shapes_aesthetic")
+        | {"train.check_rewards": False},
+        "sd35": ways.trained_on("clip_score", "image_reward", "aesthetic"),
     },
     arms={"flow_grpo": Arm(), "smart_grpo": Arm(ways.PUBLISHED)},
 )

@@ -15,15 +15,8 @@ EXPERIMENT = Experiment(
     against="flow_grpo",
     epochs={"shapes": 12},
     by_size={
-        "shapes": {
-            "rewards": {"shapes_aesthetic": 1.0},
-            "eval_rewards": {"shapes_aesthetic": 1.0, "shapes": 0.0},
-            "train.check_rewards": False,
-        },
-        "sd35": {
-            "rewards": {"pick_score": 1.0},
-            "eval_rewards": {"pick_score": 1.0, "image_reward": 0.0, "aesthetic": 0.0},
-        },
+        "shapes": ways.trained_on("shapes_aesthetic", "shapes") | {"train.check_rewards": False},
+        "sd35": ways.trained_on("pick_score", "image_reward", "aesthetic"),
     },
     arms={"flow_grpo": Arm(), "smart_grpo": Arm(ways.PUBLISHED)},
 )

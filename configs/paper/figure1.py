@@ -15,14 +15,8 @@ EXPERIMENT = Experiment(
     against="flow_grpo",
     epochs={"shapes": 12},
     by_size={
-        "shapes": {
-            "rewards": {"shapes_image_reward": 1.0},
-            "eval_rewards": {"shapes_image_reward": 1.0, "shapes": 0.0, "shapes_aesthetic": 0.0},
-        },
-        "sd35": {
-            "rewards": {"image_reward": 1.0},
-            "eval_rewards": {"image_reward": 1.0, "aesthetic": 0.0, "hps": 0.0},
-        },
+        "shapes": ways.trained_on("shapes_image_reward", "shapes", "shapes_aesthetic"),
+        "sd35": ways.trained_on("image_reward", "aesthetic", "hps"),
     },
     seeds=5,
     arms={"flow_grpo": Arm(), "smart_grpo": Arm(ways.PUBLISHED)},

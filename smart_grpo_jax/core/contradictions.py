@@ -42,7 +42,7 @@ def _weightless(rewards: Any) -> bool:
     return all(weight_of(v) == 0 for v in rewards.values())
 
 
-_LIKELIHOOD = ("ppo", "guard")
+LIKELIHOOD = ("ppo", "guard")
 MOVING = ("random", "sliding")
 """Windows whose steps change from epoch to epoch."""
 
@@ -95,12 +95,12 @@ RULES: tuple[tuple[Any, str], ...] = (
         "train.log_prob: got {c.train.log_prob}, wanted gaussian with train.loss = guard",
     ),
     (
-        lambda c: c.train.loss not in _LIKELIHOOD and c.train.log_prob != "gaussian",
+        lambda c: c.train.loss not in LIKELIHOOD and c.train.log_prob != "gaussian",
         "train.log_prob: got {c.train.log_prob}, wanted gaussian with train.loss = {c.train.loss}, which "
         "has no density",
     ),
     (
-        lambda c: c.train.loss not in _LIKELIHOOD and c.train.step_weight != "uniform",
+        lambda c: c.train.loss not in LIKELIHOOD and c.train.step_weight != "uniform",
         "train.step_weight: got {c.train.step_weight}, wanted uniform with train.loss = {c.train.loss}, "
         "which draws its own times",
     ),
@@ -146,15 +146,15 @@ RULES: tuple[tuple[Any, str], ...] = (
         "search.space: got latent, wanted transition with search.credit = local",
     ),
     (
-        lambda c: c.search.credit != "none" and c.train.loss not in _LIKELIHOOD,
+        lambda c: c.search.credit != "none" and c.train.loss not in LIKELIHOOD,
         "search.credit: got {c.search.credit}, wanted none with train.loss = {c.train.loss}",
     ),
     (
-        lambda c: c.train.loss in _LIKELIHOOD and c.sampler.transition == "ode",
+        lambda c: c.train.loss in LIKELIHOOD and c.sampler.transition == "ode",
         "sampler.transition: got ode, wanted flow, dance or cps with train.loss = {c.train.loss}",
     ),
     (
-        lambda c: c.train.loss in _LIKELIHOOD and c.sampler.noise_level == 0 and c.train.epochs > 0,
+        lambda c: c.train.loss in LIKELIHOOD and c.sampler.noise_level == 0 and c.train.epochs > 0,
         "sampler.noise_level: got 0, wanted > 0 with train.loss = {c.train.loss}",
     ),
     (

@@ -65,6 +65,24 @@ def smart_grpo() -> ConfigDict:
     return config
 
 
+def shapes_flow_grpo() -> ConfigDict:
+    """Flow-GRPO on the embedded world: 16 groups of 12, no guidance, all weights, noise at every step."""
+    config: Any = configs.default()
+    config.prompts.groups, config.prompts.members = 16, 12
+    config.sampler.guidance = config.sampler.eval_guidance = 1.0
+    config.sampler.eval_steps = 20
+    config.adapter.kind = "full"
+    config.search.rounds = 0
+    config.train.epochs = 24
+    config.train.learning_rate = 2e-4
+    config.train.beta2 = 0.99
+    config.train.clip = 0.05
+    config.train.weight_decay = 0.0
+    config.train.ema.every, config.train.ema.decay = 1, 0.8
+    config.checkpoint.every = 8
+    return config
+
+
 RECIPES = {"smart_grpo": smart_grpo, "flow_grpo": flow_grpo}
 
 

@@ -27,6 +27,11 @@ EARLY: dict[str, Any] = {"search.steps": "early"}
 """The steps with 0.65 ≤ t ≤ 0.95, which decide the layout."""
 
 
+def trained_on(reward: str, *judges: str) -> dict[str, Any]:
+    """One training reward; it and the judges are logged."""
+    return {"rewards": {reward: 1.0}, "eval_rewards": {reward: 1.0, **dict.fromkeys(judges, 0.0)}}
+
+
 def window(start: int, size: int) -> dict[str, Any]:
     """Noise and training at these steps alone; the rest of the path is the ODE."""
     return {

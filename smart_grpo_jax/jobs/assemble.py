@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from smart_grpo_jax.core import schema
 from smart_grpo_jax.core.config import Config, searched_steps
-from smart_grpo_jax.core.contradictions import MOVING
+from smart_grpo_jax.core.contradictions import LIKELIHOOD, MOVING
 from smart_grpo_jax.core.errors import UserError
 from smart_grpo_jax.core.types import Conditioning, PyTree, TrainState
 from smart_grpo_jax.data import prompts as prompt_data
@@ -34,7 +34,7 @@ from smart_grpo_jax.models import attention, lora
 from smart_grpo_jax.policy import credit, rollout, update
 from smart_grpo_jax.rewards import base, mixture
 from smart_grpo_jax.runtime import distributed
-from smart_grpo_jax.runtime.mesh import make_mesh, pad_groups, replicated
+from smart_grpo_jax.runtime.mesh import make_mesh, pad_groups, replicated, ways_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +208,7 @@ def functions(
     """Velocities with their guidance, decoder and rewards as pure functions."""
     scale = config.sampler.guidance
     in_search = config.search.guidance if config.search.guidance >= 0 else scale
-    constrain, ways = partial(layout.spread, mesh), mesh.shape["data"] * mesh.shape["fsdp"]
+    constrain, ways = partial(layout.spread, mesh), ways_of(mesh)
 
     def bind(frozen: PyTree, trainable: PyTree) -> PyTree:
         if config.adapter.kind == "full":
@@ -274,7 +274,7 @@ def rule(config: Config) -> credit.Rule:
         clip=t.adv_clip,
         combine=t.adv_combine,
         weights=tuple((name, weight) for name, weight in weights.items() if weight),
-        likelihood=t.loss in ("ppo", "guard"),
+        likelihood=t.loss in LIKELIHOOD,
     )
 
 
@@ -303,6 +303,12 @@ def rollout_shape(config: Config, pipe: hub.Pipeline, times: np.ndarray) -> roll
         reward_chunk=config.memory.reward,
         same_latent=config.prompts.same_latent,
     )
+
+
+def evaluated_at_once(config: Config, members: int) -> int:
+    """Prompts of `members` images that make as many images as memory.rollout allows; 0: no limit."""
+    allowed = config.memory.rollout * config.prompts.members
+    return max(1, allowed // members) if allowed else 0
 
 
 def groups_per_call(run: Run, groups: int, members: int, chunk: int) -> tuple[int, int]:

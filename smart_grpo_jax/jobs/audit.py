@@ -225,9 +225,7 @@ class Draw:
         )
         self._plain = dataclasses.replace(self._shape, searched_members=0, one_step_rewards=True)
         self._params = run.rollout_params(trainable) | {"reward": run.search_reward.params}
-        chunk = max(1, config.memory.rollout * config.prompts.members // members) * bool(
-            config.memory.rollout
-        )
+        chunk = assemble.evaluated_at_once(config, members)
         self._rows, self._calls = assemble.groups_per_call(run, len(run.eval_items), members, chunk)
         self._programs: dict[bool, Any] = {}
         self._bases: dict[bytes, Drawn] = {}

@@ -130,8 +130,8 @@ def _second_opinion(
 
 def groups_per_call(run: Run, count: int, batch: int = 0) -> tuple[int, int]:
     """(prompts in one call, calls) for `count` prompts: as many images as memory.rollout allows."""
-    config, members = run.config, run.config.eval.seeds
-    chunk = max(1, config.memory.rollout * config.prompts.members // members) if config.memory.rollout else 0
+    members = run.config.eval.seeds
+    chunk = assemble.evaluated_at_once(run.config, members)
     return assemble.groups_per_call(run, count, members, batch or min(chunk, count))
 
 

@@ -26,7 +26,7 @@ from smart_grpo_jax.runtime.files import write_json
 from smart_grpo_jax.runtime.progress import duration, say, table
 from smart_grpo_jax.runtime.run_folder import take_lock
 
-RESTART = 75
+RESTART = PleaseRestart.exit_code
 """The exit code of a run that wants its command again."""
 TRIES = 3
 """How often a run may ask for that."""

@@ -21,15 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from smart_grpo_jax.core.config import searched_steps
+from smart_grpo_jax.core.contradictions import LIKELIHOOD
 from smart_grpo_jax.core.types import PyTree
 from smart_grpo_jax.data import prompts as prompt_data
 from smart_grpo_jax.jobs import traced
 from smart_grpo_jax.jobs.plan_programs import Paper
 from smart_grpo_jax.maths import liveness
+from smart_grpo_jax.runtime.mesh import ways_of
 
 CALIBRATED: Mapping[str, float] = {"velocity": 1.25, "gradient": 1.25, "decode": 1.4, "reward": 1.25}
-"""Compiled over counted bytes, rounded up. SD3.5-M, 512 px, on v5e: the decoder 2.03 GiB of 1.50 for two
-images; the gradient of nine guided states 3.5 of 3.7 alone and 4.7 in a whole update, with its sums."""
+"""Compiled over counted bytes, rounded up so that few phases must be compiled again; a plan's JSON shows how
+good it is (`estimated_bytes` beside `total_bytes`)."""
 
 
 class Line(NamedTuple):
@@ -100,7 +102,7 @@ def of(p: Paper) -> Footprint:
     """The footprint of a config on paper; traces each network twice."""
     config = p.config
     trained = traced.credit_masks(config, p.times, 0, np.ones(config.prompts.groups, bool)).trained
-    likelihood = config.train.loss in ("ppo", "guard")
+    likelihood = config.train.loss in LIKELIHOOD
     return Footprint(
         frozen=held(p.frozen),
         learned=held(p.state.params),
@@ -117,10 +119,15 @@ def of(p: Paper) -> Footprint:
     )
 
 
+def distinct(tree: PyTree) -> list[Any]:
+    """The leaves; one that stands there twice lies on the device once."""
+    return list({id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values())
+
+
 def held(tree: PyTree) -> Held:
-    """Bytes of a tree of shapes, by where its leaves lie; a leaf that stands there twice lies there once."""
+    """Bytes of a tree of shapes, by where its leaves lie."""
     sums = [0.0, 0.0]
-    for leaf in {id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values():
+    for leaf in distinct(tree):
         spec = getattr(getattr(leaf, "sharding", None), "spec", ())
         split = any(axis in ("fsdp", "tensor") for entry in spec for axis in _axes(entry))
         sums[split] += math.prod(leaf.shape) * leaf.dtype.itemsize
@@ -145,7 +152,7 @@ def image_shape(p: Paper) -> tuple[int, ...]:
 
 def lines(p: Paper) -> dict[str, Line]:
     """Of the guided network forward and backward, of the decoder and of the rewards."""
-    ways = math.prod(p.mesh.shape[axis] for axis in ("data", "fsdp"))
+    ways = ways_of(p.mesh)
     side = image_shape(p)
     text = prompt_data.load(p.config.prompts.source, p.config.prompts.strict).prompts[0]
     row = p.conditioning(1)
@@ -158,7 +165,7 @@ def lines(p: Paper) -> dict[str, Line]:
         return liveness.peak(p.fns.velocity, params, x(n), t(n), p.conditioning(n))
 
     def backward(n: int) -> float:
-        velocity = p.policy.velocity if p.config.train.loss in ("ppo", "guard") else p.policy.raw_velocity
+        velocity = p.policy.velocity if p.config.train.loss in LIKELIHOOD else p.policy.raw_velocity
         loss = lambda learned, frozen, *rest: (velocity(p.policy.bind(frozen, learned), *rest) ** 2).sum()
         return liveness.peak(jax.grad(loss), p.state.params, p.frozen, x(n), t(n), p.conditioning(n))
 

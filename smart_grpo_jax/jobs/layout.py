@@ -23,12 +23,12 @@ from smart_grpo_jax.core.types import PyTree, TrainState
 from smart_grpo_jax.hub import sharding
 from smart_grpo_jax.hub.pipeline import Pipeline
 from smart_grpo_jax.policy import update
-from smart_grpo_jax.runtime.mesh import batch_sharding, replicated
+from smart_grpo_jax.runtime.mesh import batch_sharding, replicated, ways_of
 
 
 def spread(mesh: Mesh, tree: PyTree) -> PyTree:
     """Lay the leading (batch) axis of every leaf over the data axes, where it divides."""
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    devices = ways_of(mesh)
 
     def lay(a: Any) -> Any:
         if devices == 1 or jnp.ndim(a) == 0 or a.shape[0] % devices:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from smart_grpo_jax.core.config import Config
 from smart_grpo_jax.core.errors import UserError
 from smart_grpo_jax.jobs.footprint import Footprint
+from smart_grpo_jax.runtime.mesh import filled
 from smart_grpo_jax.runtime.topologies import GIB
 
 RESERVE = 0.1
@@ -187,8 +188,7 @@ def rows(f: Footprint, place: Place, numbers: Numbers) -> Rows:
 
 def call_rows(f: Footprint, place: Place, groups: int) -> int:
     """Images on a device in a rollout call of so many groups, filled up until they divide."""
-    unit = place.ways // math.gcd(place.ways, f.members)
-    return -(-groups // unit) * unit * f.members // place.ways
+    return filled(groups, f.members, place.ways) * f.members // place.ways
 
 
 def divisors(n: int) -> list[int]:

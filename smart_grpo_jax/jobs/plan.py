@@ -11,6 +11,7 @@ import dataclasses
 import importlib.util
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from smart_grpo_jax.core import config as configs
@@ -33,6 +34,9 @@ QUICK, EXACT = 1800.0, 7200.0
 
 TRIES = 3
 """How often a phase whose microbatches are solved is compiled, half as large each time."""
+
+AT_ONCE = 2
+"""Compilers at a time: each keeps one core busy and takes some GB."""
 
 Ask = Callable[[Config, Topology, str], Outcome]
 """What a program is: ask(config, topology, program)."""
@@ -100,6 +104,7 @@ def planned(config: Config, topology: Topology, ask: Ask, names: Sequence[str] =
         phases, tries = tuple(counted(config, topology, name, footprint, ask) for name in names), 1
     else:
         phases, config, tries = compiled(config, topology, solved, ask, names)
+        phases = with_estimates(phases, config, topology, footprint)
     mesh = {"data": topology.chips // (config.mesh.fsdp * config.mesh.tensor)}
     mesh |= {"fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor}
     numbers = microbatch.numbers_of(config)
@@ -137,18 +142,33 @@ def counted(config: Config, topology: Topology, name: str, footprint: Footprint,
     return Phase(name, COUNTED if done.verdict == FITS else done.verdict, found, reason)
 
 
+def with_estimates(
+    phases: tuple[Phase, ...], config: Config, topology: Topology, footprint: Footprint | None
+) -> tuple[Phase, ...]:
+    """What the straight lines said beside what the compiler said, so that a plan shows how good they are."""
+    if footprint is None:
+        return phases
+    lines = plan_slices.estimate(config, footprint, topology)
+    known = lambda one: {"estimated_bytes": lines[one.name]} if one.name in lines else {}
+    return tuple(one._replace(found={**one.found, **known(one)}) for one in phases)
+
+
 def compiled(
     config: Config, topology: Topology, solved: tuple[str, ...], ask: Ask, names: Sequence[str]
 ) -> tuple[tuple[Phase, ...], Config, int]:
-    """Every phase, one after the other; a solved microbatch that turns out too large is halved."""
+    """Every phase, AT_ONCE of them together; a solved microbatch that turns out too large is halved."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        first = list(pool.map(lambda name: phase(config, topology, name, ask), names))
     phases: list[Phase] = []
-    most = 1
-    for name in names:
-        one, tries = phase(config, topology, name, ask), 1
+    asked, most = microbatch.numbers_of(config), 1
+    for name, one in zip(names, first, strict=True):
+        numbers, tries = microbatch.numbers_of(config), 1
+        if any(numbers[n] != asked[n] for n in microbatch.PHASES[name]):
+            one = phase(config, topology, name, ask)
         while one.verdict == TOO_LARGE and tries < TRIES:
-            ways = topology.chips // config.mesh.tensor
-            ours = [n for n in microbatch.PHASES[name] if n in solved]
             numbers = microbatch.numbers_of(config)
+            ours = [n for n in microbatch.PHASES[name] if n in solved]
+            ways = topology.chips // config.mesh.tensor
             smaller = microbatch.halved(numbers, ours, config.prompts.groups, ways)
             if smaller == numbers:
                 break

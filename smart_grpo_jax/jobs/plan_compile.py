@@ -19,6 +19,7 @@ from smart_grpo_jax.jobs.plan_programs import Paper, Program
 from smart_grpo_jax.jobs.traced import epoch_window, search_mask
 from smart_grpo_jax.maths import flops
 from smart_grpo_jax.runtime import aot, topologies
+from smart_grpo_jax.runtime.files import write_atomic
 
 
 def main(request: str, result: str) -> None:
@@ -29,7 +30,8 @@ def main(request: str, result: str) -> None:
     mesh = aot.mesh_of(topology, config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     paper = plan_programs.paper(config, mesh)
     if asked["program"] == "footprint":
-        write(result, {"mesh": dict(mesh.shape), "footprint": footprint.of(paper).as_dict()})
+        counted = {"mesh": dict(mesh.shape), "footprint": footprint.of(paper).as_dict()}
+        write_atomic(result, json.dumps(counted))
         return
     program = plan_programs.PROGRAMS[asked["program"]](paper)
     found: dict[str, Any] = {
@@ -45,14 +47,7 @@ def main(request: str, result: str) -> None:
     if asked["compile"]:
         platform = "cpu" if topology.kind == "cpu" else "tpu"
         found |= aot.measure(program.jitted(), program.args, mesh, platform)
-    write(result, found)
-
-
-def write(result: str, found: dict[str, Any]) -> None:
-    """The answer, whole or not at all."""
-    temporary = Path(f"{result}.tmp")
-    temporary.write_text(json.dumps(found))
-    temporary.replace(result)
+    write_atomic(result, json.dumps(found))
 
 
 def operations(paper: Paper, program: Program, name: str) -> float:
@@ -72,9 +67,9 @@ def operations(paper: Paper, program: Program, name: str) -> float:
 
 
 def on_a_device(tree: Any) -> float:
-    """Bytes of the leaves' parts on one device; a leaf that stands there twice lies there once."""
+    """Bytes of the leaves' parts on one device."""
     total = 0.0
-    for leaf in {id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values():
+    for leaf in footprint.distinct(tree):
         shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
         total += math.prod(shape) * leaf.dtype.itemsize
     return total

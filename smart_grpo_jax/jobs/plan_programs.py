@@ -13,7 +13,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from smart_grpo_jax.core.config import Config
 from smart_grpo_jax.core.types import Conditioning, PyTree, TrainState
@@ -23,26 +23,26 @@ from smart_grpo_jax.hub.pipeline import Pipeline
 from smart_grpo_jax.jobs import assemble, evaluate, judges, layout, traced
 from smart_grpo_jax.policy import credit, rollout, update
 from smart_grpo_jax.rewards import base, skeletons
-from smart_grpo_jax.runtime.mesh import BATCH_AXES, replicated
+from smart_grpo_jax.runtime.mesh import batch_sharding, replicated, ways_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A function, its abstract arguments, which of them are given away, how often it runs, what lies beside
-    it, the images that all runs make, and the share of epochs that have it."""
+    """A function, its abstract arguments, how often it runs, what lies beside it, the images that all runs
+    make, the share of epochs that have it, and `compiled`: it as training compiles it where that is not a
+    plain jit (a learner gives its state away)."""
 
     fn: Callable[..., Any]
     args: tuple[PyTree, ...]
-    donated: tuple[int, ...]
     times: float
     resident: PyTree
     images: int = 0
     share: float = 1.0
-    result: PyTree = None
+    compiled: Any = None
 
     def jitted(self) -> Any:
-        """The function as training compiles it; `result` says where its results lie."""
-        return jax.jit(self.fn, donate_argnums=self.donated, out_shardings=self.result)
+        """The function as training compiles it."""
+        return self.compiled or jax.jit(self.fn)
 
 
 def on_paper(tree: PyTree, where: Any) -> PyTree:
@@ -135,7 +135,7 @@ def rollout_program(p: Paper) -> Program:
     knobs = on_paper(traced.rollout_knobs(p.config, p.times, 0), p.everywhere)
     fn = partial(rollout.act, p.fns, p.shape)
     rest = {"average": p.state.ema, "optimizer": p.state.opt_state}
-    return Program(fn, (params, knobs, batch(p)), (), p.calls, rest, p.images)
+    return Program(fn, (params, knobs, batch(p)), p.calls, rest, p.images)
 
 
 def batch(p: Paper) -> rollout.Batch:
@@ -167,9 +167,9 @@ def update_program(p: Paper) -> Program:
         on_paper(experience, spread_rows(p.mesh, experience)),
         on_paper(traced.update_knobs(p.config, p.times, 0), p.everywhere),
     )
-    fn = partial(update.learn, p.policy, assemble.recipe(p.config))
-    where = jax.tree.map(lambda a: a.sharding, p.state)
-    return Program(fn, args, (0,), 1, p.fixed, p.images, result=(where, p.everywhere))
+    recipe, where = assemble.recipe(p.config), jax.tree.map(lambda a: a.sharding, p.state)
+    compiled = layout.learner(p.policy, recipe, p.mesh, where)
+    return Program(partial(update.learn, p.policy, recipe), args, 1, p.fixed, p.images, compiled=compiled)
 
 
 def evaluate_program(p: Paper) -> Program:
@@ -202,7 +202,7 @@ def evaluate_program(p: Paper) -> Program:
     fn = partial(rollout.act, evaluate.eval_functions(run), evaluate.eval_shape(run, config.eval.search))
     rest = {"learned": p.state.params, "optimizer": p.state.opt_state}
     share = 1 / config.eval.every if config.eval.every else 0.0
-    return Program(fn, args, (), calls, rest, len(items) * members, share)
+    return Program(fn, args, calls, rest, len(items) * members, share)
 
 
 def stretched(have: int, want: int, members: int, acted: rollout.Acted) -> rollout.Acted:
@@ -219,11 +219,11 @@ def stretched(have: int, want: int, members: int, acted: rollout.Acted) -> rollo
 
 def spread_rows(mesh: Mesh, tree: PyTree) -> PyTree:
     """The sharding of samples: rows over the data axes where they divide."""
-    ways = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    ways = ways_of(mesh)
 
     def lie(a: Any) -> NamedSharding:
         fits = a.ndim > 0 and a.shape[0] % ways == 0
-        return NamedSharding(mesh, PartitionSpec(BATCH_AXES) if fits else PartitionSpec())
+        return batch_sharding(mesh) if fits else replicated(mesh)
 
     return jax.tree.map(lie, tree)
 

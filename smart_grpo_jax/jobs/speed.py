@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from smart_grpo_jax.core.contradictions import LIKELIHOOD
 from smart_grpo_jax.core.types import PyTree, VelocityFn
 from smart_grpo_jax.jobs import assemble
 from smart_grpo_jax.jobs.assemble import Run
@@ -31,9 +32,6 @@ from smart_grpo_jax.maths import flops
 from smart_grpo_jax.policy import cost, credit
 from smart_grpo_jax.runtime.compile_cache import compile_seconds
 from smart_grpo_jax.runtime.topologies import chip_of
-
-LIKELIHOOD = ("ppo", "guard")
-"""Losses that learn from every trained step through the guided velocity."""
 
 
 def prices(run: Run, trainable: PyTree) -> dict[str, float]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from smart_grpo_jax.core.config import Config
+from smart_grpo_jax.core.contradictions import LIKELIHOOD
 from smart_grpo_jax.policy.credit import Masks
 from smart_grpo_jax.policy.rollout import Shape
 from smart_grpo_jax.policy.update import Recipe
@@ -31,7 +32,7 @@ def images_seen(shape: Shape, recipe: Recipe, config: Config, masks: Masks) -> d
     groups, searched = int(np.sum(np.asarray(masks.real))), int(np.sum(np.asarray(masks.searched)))
     images, few = groups * shape.members, groups * shape.searched_members
     early = shape.stop < shape.steps or shape.one_step_rewards
-    states = len(masks.trained) if recipe.loss in ("ppo", "guard") else 1
+    states = len(masks.trained) if recipe.loss in LIKELIHOOD else 1
     return {
         "path": images * (shape.stop + early),
         "search": few * searched * config.search.rounds * config.search.candidates,
@@ -65,7 +66,7 @@ def learning(
 ) -> dict[str, int]:
     """All passes over one epoch: forward calls (with the reference's or the old policy's) and backward."""
     images = groups * config.prompts.members
-    if recipe.loss in ("ppo", "guard"):
+    if recipe.loss in LIKELIHOOD:
         states = images * trained * calls(config.sampler.guidance) * recipe.passes
         forwards = 1 + recipe.use_kl
     else:

@@ -84,13 +84,25 @@ def measure(jitted: Any, args: Sequence[Any], mesh: Mesh, platform: str) -> dict
     started = time.monotonic()
     compiled = jitted.trace(*args).lower(lowering_platforms=(platform,)).compile()
     seconds = time.monotonic() - started
-    memory = compiled.memory_analysis()
     module = hlo.parse(compiled.as_text())
     traffic = hlo.collectives(module, dict(mesh.shape))
     by_axis: dict[str, float] = {}
     for one in traffic:
         axes = "+".join(one.axes)
         by_axis[axes] = by_axis.get(axes, 0.0) + one.sent
+    return {
+        "compile_seconds": seconds,
+        **memory_of(compiled),
+        "sent_bytes": by_axis,
+        "memory_bytes": hlo_memory.moved(module),
+        "collectives": [one._asdict() for one in traffic[:8]],
+        "buffers": [one._asdict() for one in hlo.buffers(module, 8)],
+    }
+
+
+def memory_of(compiled: Any) -> dict[str, float]:
+    """Bytes on a device by the compiler's own allocator."""
+    memory = compiled.memory_analysis()
     peak = getattr(memory, "peak_memory_in_bytes", 0)
     if peak < memory.temp_size_in_bytes:  # the CPU's compiler leaves temporaries out of it
         peak = (
@@ -100,16 +112,11 @@ def measure(jitted: Any, args: Sequence[Any], mesh: Mesh, platform: str) -> dict
             + memory.temp_size_in_bytes
         )
     return {
-        "compile_seconds": seconds,
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "alias_bytes": memory.alias_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
         "peak_bytes": peak,
-        "sent_bytes": by_axis,
-        "memory_bytes": hlo_memory.moved(module),
-        "collectives": [one._asdict() for one in traffic[:8]],
-        "buffers": [one._asdict() for one in hlo.buffers(module, 8)],
     }
 
 

@@ -61,6 +61,11 @@ def arranged(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
+def ways_of(mesh: Mesh) -> int:
+    """The devices that a batch lies over: data × fsdp."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The first axis of an array is spread over data and fsdp together."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
@@ -99,7 +104,11 @@ def pad_groups(groups: int, members: int, mesh: Mesh, parts: int = 1) -> int:
 
     The groups that are added are computed and weigh nothing, so what is learned does not depend on the mesh.
     """
-    ways = parts * math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    return filled(groups, members, parts * ways_of(mesh))
+
+
+def filled(groups: int, members: int, ways: int) -> int:
+    """The smallest groups' ≥ groups with groups' × members divisible by ways."""
     unit = ways // math.gcd(ways, members)
     return -(-groups // unit) * unit
 
