@@ -31,7 +31,7 @@ from smart_grpo_jax.runtime.topologies import GIB
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {"sd35_medium": "SD3.5-M", "sd35_large": "SD3.5-L", "flux_dev": "FLUX.1-dev"}
 METHODS = {"flow_grpo": "Flow-GRPO", "smart_grpo": "Smart-GRPO"}
-SLICES = ("v5e-8", "v5e-16", "v5e-64", "v5p-8", "v5p-64", "v6e-8", "v6e-64")
+SLICES = ("v5e-8", "v5e-16", "v5e-64", "v5e-256", "v5p-8", "v5p-16", "v5p-64", "v6e-8", "v6e-16", "v6e-64")
 PAGE = ROOT / "docs" / "tpu.md"
 BEGIN, END = "<!-- plan table: begin -->", "<!-- plan table: end -->"
 HEAD = ("model", "method", "slice", "chips", "fits", "mesh", "largest phase, GiB", "an epoch", "device-hours",

@@ -128,8 +128,9 @@ def _start() -> None:
         flags = os.environ.get("XLA_FLAGS", "")
         if "xla_backend_optimization_level" not in flags:
             os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=1".strip()
-    from smart_grpo_jax.runtime import compile_cache, distributed
+    from smart_grpo_jax.runtime import compile_cache, distributed, tpu_options
 
+    os.environ[tpu_options.VARIABLE] = tpu_options.init_args(os.environ.get(tpu_options.VARIABLE, ""))
     compile_cache.enable()
     distributed.initialise()
 

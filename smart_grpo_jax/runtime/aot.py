@@ -21,7 +21,7 @@ import jax
 from jax.sharding import Mesh
 
 from smart_grpo_jax.core.errors import UserError
-from smart_grpo_jax.runtime import hlo, hlo_memory
+from smart_grpo_jax.runtime import hlo, hlo_memory, tpu_options
 from smart_grpo_jax.runtime.mesh import make_mesh
 from smart_grpo_jax.runtime.topologies import GIB, Topology
 
@@ -57,7 +57,8 @@ def environment(topology: Topology, exact: bool) -> dict[str, str]:
         flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", here.get("XLA_FLAGS", ""))
         here["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={topology.chips}".strip()
         return here
-    here |= {**TPU_QUIET, "TPU_LOG_DIR": "disabled"}
+    options = tpu_options.init_args(here.get(tpu_options.VARIABLE, ""))
+    here |= {**TPU_QUIET, "TPU_LOG_DIR": "disabled", tpu_options.VARIABLE: options}
     return here if exact else here | {"JAX_OPTIMIZATION_LEVEL": "O1"}
 
 

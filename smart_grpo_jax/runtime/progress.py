@@ -29,7 +29,7 @@ def say(text: str) -> None:
     if not _speaks.is_set():
         return
     try:
-        print(text, file=sys.stdout, flush=True)
+        print(f"{text}\n", end="", file=sys.stdout, flush=True)  # in one piece: threads speak, too
     except (OSError, ValueError):
         return
 
