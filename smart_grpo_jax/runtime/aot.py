@@ -37,6 +37,10 @@ TPU_QUIET: Mapping[str, str] = {
 }
 """No device, no metadata server, no lock file: only the compiler."""
 
+QUICK = "O0"
+"""The level of a quick compilation: it leaves out work on machine code. Memory and traffic of SD3.5-M's rollout
+and update for v5e:4x4 were those of O1 to the byte, in half of the time."""
+
 MEGACORE = ("v4",)
 """Chips whose two cores are one device; unsaid, the compiler counts cores."""
 
@@ -59,7 +63,7 @@ def environment(topology: Topology, exact: bool) -> dict[str, str]:
         return here
     options = tpu_options.init_args(here.get(tpu_options.VARIABLE, ""))
     here |= {**TPU_QUIET, "TPU_LOG_DIR": "disabled", tpu_options.VARIABLE: options}
-    return here if exact else here | {"JAX_OPTIMIZATION_LEVEL": "O1"}
+    return here if exact else here | {"JAX_OPTIMIZATION_LEVEL": QUICK}
 
 
 def mesh_of(topology: Topology, data: int, fsdp: int, tensor: int) -> Mesh:

@@ -72,5 +72,5 @@ def test_the_childs_environment_has_the_devices_of_the_topology(monkeypatch):
     flags = aot.environment(parse("cpu:8"), exact=False)["XLA_FLAGS"]
     assert flags.split() == ["--a=1", "--xla_force_host_platform_device_count=8"]
     quick, exact = (aot.environment(parse("v5e:2x2"), exact) for exact in (False, True))
-    assert quick["JAX_OPTIMIZATION_LEVEL"] == "O1" and "JAX_OPTIMIZATION_LEVEL" not in exact
+    assert quick["JAX_OPTIMIZATION_LEVEL"] == aot.QUICK and "JAX_OPTIMIZATION_LEVEL" not in exact
     assert quick["JAX_PLATFORMS"] == "cpu" and json.dumps(quick) and sys.executable
