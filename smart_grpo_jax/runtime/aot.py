@@ -38,8 +38,8 @@ TPU_QUIET: Mapping[str, str] = {
 """No device, no metadata server, no lock file: only the compiler."""
 
 QUICK = "O0"
-"""The level of a quick compilation: it leaves out work on machine code. Memory and traffic of SD3.5-M's rollout
-and update for v5e:4x4 were those of O1 to the byte, in half of the time."""
+"""The level of a quick compilation: less work on machine code. Memory and traffic of SD3.5-M's rollout and
+update for v5e:4x4 were those of O1 to the byte, in half of the time."""
 
 MEGACORE = ("v4",)
 """Chips whose two cores are one device; unsaid, the compiler counts cores."""
