@@ -15,6 +15,7 @@ from typing import NamedTuple
 from smart_grpo_jax.core.config import Config
 from smart_grpo_jax.core.errors import UserError
 from smart_grpo_jax.jobs.footprint import Footprint
+from smart_grpo_jax.policy import pieces
 from smart_grpo_jax.runtime.mesh import filled
 from smart_grpo_jax.runtime.topologies import GIB
 
@@ -133,13 +134,14 @@ def solve(f: Footprint, place: Place, given: Numbers) -> dict[str, int]:
         groups = max(fitting, default=1)
     called = groups or f.groups
     images = place.ways * call_rows(f, place, called)
-    tried = f.velocity.rows(acting) // max(1, f.candidates)
-    chunk = min(place.ways * max(1, tried), called * f.searched)
+    searched = math.ceil(called * f.searched / place.ways)
+    tried = pieces.even(max(1, searched), f.velocity.rows(acting) // max(1, f.candidates))
+    chunk = min(place.ways * tried, called * f.searched)
     states = f.states * place.ways * max(1, f.gradient.rows(learning) // f.states)
     judged = max(images, chunk * f.candidates)
     solved = {
         "rollout": groups,
-        "decode": min(images, place.ways * max(1, f.decode.rows(acting))),
+        "decode": place.ways * pieces.even(call_rows(f, place, called), f.decode.rows(acting)),
         "reward": min(judged, place.ways * max(1, f.reward.rows(acting))),
         "chunk": chunk,
         "train": min(states, f.images // f.updates * f.states),
@@ -170,10 +172,10 @@ def standing(f: Footprint, place: Place, phase: str) -> float:
 
 
 def rows(f: Footprint, place: Place, numbers: Numbers) -> Rows:
-    """What each device works on with these numbers (policy/pieces.py: about chunk / ways, at least one)."""
+    """What each device works on with these numbers."""
     groups = numbers["rollout"] or f.groups
     images, each = call_rows(f, place, groups), place.ways
-    piece = lambda chunk, most: min(most, max(1, chunk // each)) if chunk else most
+    piece = lambda chunk, most: pieces.even(most, chunk // each) if chunk else most
     states = math.ceil(groups * f.searched / each)
     samples = math.ceil(f.images / f.updates / each)
     train = numbers["train"]
@@ -187,8 +189,10 @@ def rows(f: Footprint, place: Place, numbers: Numbers) -> Rows:
 
 
 def call_rows(f: Footprint, place: Place, groups: int) -> int:
-    """Images on a device in a rollout call of so many groups, filled up until they divide."""
-    return filled(groups, f.members, place.ways) * f.members // place.ways
+    """Images on a device in a rollout call of so many groups, filled up until they divide; where the call is
+    the epoch, until those of each optimizer step do."""
+    parts = place.ways * (f.updates if groups == f.groups else 1)
+    return filled(groups, f.members, parts) * f.members // place.ways
 
 
 def divisors(n: int) -> list[int]:

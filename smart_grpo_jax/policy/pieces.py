@@ -17,13 +17,20 @@ from jaxtyping import Array, Bool
 from smart_grpo_jax.core.types import PyTree
 
 
+def even(rows: int, most: int) -> int:
+    """Rows of a piece where at most `most` fit: no more pieces than that needs, all of one size, so that
+    little is filled up."""
+    calls = -(-rows // min(rows, max(1, most)))
+    return -(-rows // calls)
+
+
 def cut(tree: PyTree, chunk: int, ways: int) -> tuple[PyTree, Bool[Array, "calls size"]]:
-    """[r, ...] → [calls, size, ...] with size about `chunk`, at least one row per device; and which rows are
-    real. The last piece is filled up with copies of each device's last row."""
+    """[r, ...] → [calls, size, ...] with size at most `chunk` but at least one row per device, and which rows
+    are real. The last piece is filled up with copies of each device's last row."""
     rows = jax.tree.leaves(tree)[0].shape[0]
     ways = ways if rows % ways == 0 else 1
     each = rows // ways
-    size = min(each, max(1, chunk // ways))
+    size = even(each, chunk // ways)
     calls = -(-each // size)
 
     def one(a: Array) -> Array:
@@ -57,7 +64,7 @@ def in_pieces(
     ways: int = 1,
     constrain: Callable[[PyTree], PyTree] = lambda tree: tree,
 ) -> PyTree:
-    """`fn` over the rows of a batch, about `chunk` rows at a time (0: at once)."""
+    """`fn` over the rows of a batch, at most `chunk` rows at a time (0: at once)."""
     rows = jax.tree.leaves(tree)[0].shape[0]
     if chunk == 0 or chunk >= rows:
         return fn(tree)

@@ -45,8 +45,9 @@ def test_what_is_solved_fits_and_divides_and_the_next_larger_would_not(ways, lim
         assert max(microbatch.peaks(PRINT, place, found).values()) <= room
     acting = room - microbatch.standing(PRINT, place, "rollout")
     images = microbatch.call_rows(PRINT, place, found["rollout"])
-    if 1 < rows.decode < images:
-        assert PRINT.decode.at(rows.decode + 1) > acting
+    if rows.decode < images:  # with one piece less, each would be too large
+        pieces = math.ceil(images / rows.decode)
+        assert PRINT.decode.at(math.ceil(images / (pieces - 1))) > acting
 
 
 def test_more_memory_is_never_less_at_once():
@@ -63,6 +64,14 @@ def test_a_given_number_stays():
     assert {name: found[name] for name in ("rollout", "decode", "train")} == {
         "rollout": 6, "decode": 0, "train": 36,
     }  # fmt: skip
+
+
+def test_a_call_is_filled_up_as_training_fills_it():
+    """48 groups of 24 on 256 devices: the halves of two optimizer steps divide with 64 groups, 6 rows each;
+    24 groups in a call of their own with 32, 3 rows each."""
+    place = Place(1, 256, 16 * G)
+    assert PRINT.updates == 2 and PRINT.groups == 48
+    assert [microbatch.call_rows(PRINT, place, groups) for groups in (48, 24)] == [6, 3]
 
 
 def test_all_at_once_takes_what_the_pieces_say():

@@ -29,6 +29,14 @@ def test_joining_undoes_cutting(rows, chunk, ways):
     assert sorted(np.asarray(cut["a"])[np.asarray(real)]) == list(range(rows))
 
 
+def test_pieces_are_even_so_that_little_is_filled_up():
+    """72 rows where 43 fit are twice 36 and not 43 + 29 filled up to 86; 71 of 144 are three times 48."""
+    found = [pieces.even(rows, most) for rows, most in ((72, 43), (144, 71), (72, 16), (5, 9), (5, 0))]
+    assert found == [36, 48, 15, 5, 1]
+    cut, real = pieces.cut(jnp.arange(72), 43, 1)
+    assert cut.shape == (2, 36) and bool(real.all())
+
+
 @pytest.mark.parametrize(("rows", "chunk", "ways"), [(24, 8, 4), (24, 4, 4), (16, 2, 8)])
 def test_a_piece_takes_as_many_rows_of_every_device(rows, chunk, ways):
     cut, _ = pieces.cut(jnp.arange(rows), chunk, ways)
