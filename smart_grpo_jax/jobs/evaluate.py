@@ -68,11 +68,9 @@ def evaluator(
     if size is not None:
         shape = dataclasses.replace(shape, latent=run.pipeline.latent_shape(size))
     rows, _ = groups_per_call(run, len(run.eval_items), batch)
-    act = jax.jit(partial(rollout.act, eval_functions(run), shape))
+    act = distributed.waits(jax.jit(partial(rollout.act, eval_functions(run), shape)))
 
-    def evaluate(
-        trainable: PyTree, seed: int = EVAL_SEED, mark: Callable[[], None] = lambda: None
-    ) -> Evaluation:
+    def evaluate(trainable: PyTree, seed: int = EVAL_SEED) -> Evaluation:
         params = run.rollout_params(trainable) | {
             "reward": run.eval_reward.params,
             "search_reward": run.search_reward.params,
@@ -80,14 +78,13 @@ def evaluator(
         knobs = eval_knobs(config, times, searched, seed)
         scores: dict[str, list[np.ndarray]] = {}
         images: list[np.ndarray] = []
-        outside = host_scores.Finished(run.eval_reward, config, "eval", members, mark)
+        outside = host_scores.Finished(run.eval_reward, config, "eval", members)
         for start in range(0, len(run.eval_items), rows):
             items = run.eval_items[start : start + rows]
             texts = [item.text for item in items]
             ids = [prompt_data.prompt_id(text) for text in texts]
             first = [item.repeat * members for item in items]
             one, _ = assemble.make_batch(run, texts, rows, run.eval_reward, ids, first)
-            mark()
             drawn = act(params, knobs, one)
             outside.submit(drawn.images, texts, range(start, start + len(texts)))
             judged = distributed.whole(_scores(drawn)) | _second_opinion(config, texts, members, drawn.images)

@@ -8,7 +8,7 @@ devices; the scores alone travel.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -48,12 +48,11 @@ class Finished:
         config: Config,
         name: str,
         members: int,
-        mark: Callable[[], None] = lambda: None,
     ) -> None:
         self.failed: tuple[str, ...] = ()
         self.waited = 0.0
         self._ahead = Ahead(reward.host, config.host.ahead) if reward.host is not None else None
-        self._name, self._members, self._mark = name, members, mark
+        self._name, self._members = name, members
         self._next: tuple[Array, Sequence[str], Sequence[int]] | None = None
         self._finite: list[np.ndarray] = []
         self._rows: list[np.ndarray] = []
@@ -91,7 +90,6 @@ class Finished:
         gathered = self._ahead.gather()
         self.waited += time.monotonic() - started
         own = [_only(ok, scores) for ok, scores in zip(self._finite, gathered, strict=True)]
-        self._mark()  # from here on this process waits for the scores of the others
         scored = shared(own, self._rows, [len(ids) for ids in self._ids])
         self.failed = tuple(failures(scored, self._ids))
         return scored

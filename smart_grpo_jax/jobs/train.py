@@ -143,10 +143,11 @@ class Programs:
     """The jitted programs of a run."""
 
     def __init__(self, run: Run) -> None:
-        self.act = jax.jit(partial(rollout.act, run.fns, run.shape))
-        self.credit = jax.jit(partial(credit.experience, run.rule, run.shape))
-        self.summary = jax.jit(partial(credit.summary, run.rule, run.shape))
-        self.learn = layout.learner(run.policy, run.recipe, run.mesh, run.where())
+        waits = distributed.waits
+        self.act = waits(jax.jit(partial(rollout.act, run.fns, run.shape)))
+        self.credit = waits(jax.jit(partial(credit.experience, run.rule, run.shape)))
+        self.summary = waits(jax.jit(partial(credit.summary, run.rule, run.shape)))
+        self.learn = waits(layout.learner(run.policy, run.recipe, run.mesh, run.where()))
         self.evaluate = evaluate.evaluator(run)
 
 
@@ -196,7 +197,7 @@ def tell(loop: Loop, programs: Programs) -> None:
             heartbeat = Heartbeat(f"evaluating epoch {loop.epoch}")
             with loop.speed.phase("evaluate"), loop.watchdog.phase("evaluate", loop.epoch), heartbeat:
                 weights = evaluate.evaluated_weights(loop.config, loop.state)
-                result = programs.evaluate(weights, mark=loop.watchdog.mark)
+                result = programs.evaluate(weights)
             evaluate.refuse_failures(loop.config, result, f"evaluation {loop.epoch}")
             scalars |= record.evaluation(loop.folder, loop.epoch, result)
             scalars["wall/eval_seconds"] = time.monotonic() - started
@@ -237,7 +238,6 @@ def finished(loop: Loop) -> bool:
 
 def save(loop: Loop, logged: bool) -> None:
     """Begin a checkpoint, unless this epoch already has one."""
-    loop.watchdog.mark()
     if distributed.from_main(loop.epoch in loop.checkpoints.list_epochs()):
         return
     meta = {
@@ -254,7 +254,6 @@ def save(loop: Loop, logged: bool) -> None:
 
 def stop_here(loop: Loop, logged: bool | None = None) -> None:
     """If a signal came: save the last finished epoch and leave."""
-    loop.watchdog.mark()
     asked = distributed.gather(loop.stop.requested)
     rank = next((rank for rank, name in enumerate(asked) if name is not None), None)
     if rank is None:
@@ -277,8 +276,7 @@ def act(loop: Loop, programs: Programs) -> tuple[rollout.Acted, credit.Masks, ro
     size, calls = assemble.training_calls(config, run.mesh)
     knobs = traced.rollout_knobs(run.config, run.times, loop.epoch)
     params = run.rollout_params(loop.state.params)
-    mark = loop.watchdog.mark
-    outside = host_scores.Finished(run.reward, config, f"e{loop.epoch + 1}", members, mark)
+    outside = host_scores.Finished(run.reward, config, f"e{loop.epoch + 1}", members)
     parts, batches, real = [], [], []
     heartbeat = Heartbeat(f"rolling out epoch {loop.epoch + 1}")
     with loop.speed.phase("rollout"), loop.watchdog.phase("rollout", loop.epoch), heartbeat:
@@ -286,7 +284,6 @@ def act(loop: Loop, programs: Programs) -> tuple[rollout.Acted, credit.Masks, ro
             some = slice(call * size, (call + 1) * size)
             places = range(len(texts))[some]
             batch, here = assemble.make_batch(run, texts[some], size, run.reward, places)
-            mark()
             parts.append(programs.act(params, knobs, batch))
             batches.append(batch)
             real.append(here)
@@ -296,8 +293,8 @@ def act(loop: Loop, programs: Programs) -> tuple[rollout.Acted, credit.Masks, ro
         if scored:
             parts = [host_scores.added(part, scores) for part, scores in zip(parts, scored, strict=True)]
         loop.failed = outside.failed
+        loop.watchdog.mark()
         acted, batch = record.join(parts), record.join_batches(batches)
-        mark()
         jax.block_until_ready(acted.reward)
     masks = traced.credit_masks(run.config, run.times, loop.epoch, np.concatenate(real))
     return acted, masks, batch
@@ -316,7 +313,6 @@ def learn(
     with loop.speed.phase("update"), loop.watchdog.phase("update", loop.epoch), heartbeat:
         experience = programs.credit(acted, masks)
         knobs = traced.update_knobs(loop.config, loop.run.times, loop.epoch)
-        loop.watchdog.mark()
         state, metrics = programs.learn(loop.state, loop.run.frozen, batch.cond, experience, knobs)
         metrics = distributed.whole(metrics)
     loop.state, loop.epoch = state, loop.epoch + 1

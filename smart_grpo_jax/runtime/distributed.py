@@ -7,7 +7,7 @@ import json
 import os
 import types
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -209,6 +209,31 @@ def published(key: str) -> str:
     return client.blocking_key_value_get(key, JOIN_SECONDS * 1000)
 
 
+_before_waiting: list[Callable[[], None]] = []
+
+
+def before_waiting(call: Callable[[], None]) -> Callable[[], None]:
+    """`call` is made from here on whenever the main thread may wait for other processes: the watchdog learns
+    from it who stands in front of a collective and who has not come so far. Returns what ends this."""
+    _before_waiting.append(call)
+    return lambda: _before_waiting.remove(call)
+
+
+def waits(program: Callable[..., Any]) -> Callable[..., Any]:
+    """A program over the devices of all processes: whoever calls it may wait for the others in it."""
+
+    def called(*args: Any) -> Any:
+        _waiting()
+        return program(*args)
+
+    return called
+
+
+def _waiting() -> None:
+    for call in _before_waiting:
+        call()
+
+
 _joined: dict[str, str] = {}
 _turns = itertools.count()
 
@@ -218,6 +243,7 @@ def gather(value: Any) -> list[Any]:
 
     Over the coordination service, so that nothing is compiled and the devices are left alone. NaN passes.
     """
+    _waiting()
     count = jax.process_count()
     if count == 1:
         return [value]
@@ -285,6 +311,7 @@ def _placed(leaf: Any, sharding: Sharding) -> jax.Array:
 
 def whole(tree: PyTree) -> PyTree:
     """Numpy arrays on every process, also of what is spread over the devices of several; collective."""
+    _waiting()
     return jax.tree.map(_whole, tree) if jax.process_count() > 1 else jax.device_get(tree)
 
 

@@ -5,9 +5,10 @@ others where it stands (company.py), over a line of its own and not through the 
 hangs. A process that died, was stopped, or sleeps while the others wait for it is named by rank, host, phase
 and step, in one line that every survivor says before it exits with code 75. `company.judge` has the rule.
 
-A place is passed with `phase` (on entering and on leaving) and with `mark`, just before the main thread
-waits for devices or for other processes. All processes pass the same places in the same order; so whoever
-has passed fewer is behind, and whoever waits in a collective is not.
+A place is passed with `phase` (on entering and on leaving) and with `mark`, which distributed.py calls in
+front of every program and every exchange in which the main thread may wait for others. All processes pass
+the same places in the same order; so whoever has passed fewer is behind, and whoever waits in a collective
+is not.
 
 A stopped process that is continued finds the verdict in its line, or the line broken: it leaves with 75 too.
 An exception in one of several processes ends all: the others hear of it before the collectives break.
@@ -88,6 +89,7 @@ class Watchdog:
         self._stop, self._woken = threading.Event(), threading.Event()
         count, rank = jax.process_count(), jax.process_index()
         self._company = Company(rank, count, self._woken.set) if count > 1 else None
+        self._forget = distributed.before_waiting(self.mark)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -122,6 +124,8 @@ class Watchdog:
 
     def close(self) -> None:
         """Ends the watch."""
+        if not self._stop.is_set():
+            self._forget()
         self._stop.set()
         self._woken.set()
         self._thread.join()
@@ -136,7 +140,6 @@ class Watchdog:
             if isinstance(error, Exception):
                 self._leave(error)
             elif error is None:
-                self.mark()
                 distributed.gather(None)  # nobody goes before all are done
             self._company.tell(left=(0, ""))
         self.close()

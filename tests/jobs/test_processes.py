@@ -50,7 +50,7 @@ def runs(tmp_path_factory):
     base = tmp_path_factory.mktemp("processes")
 
     @functools.cache
-    def run(processes, devices=1):
+    def made(processes, devices):
         folder = base / f"{processes}x{devices}"
         if processes == 0:
             code = "import sys; from smart_grpo_jax import main; sys.exit(main.main(sys.argv[1:]))"
@@ -60,7 +60,7 @@ def runs(tmp_path_factory):
         assert done.returncode == 0, done.stderr[-3000:]
         return folder, done
 
-    return run
+    return lambda processes, devices=1: made(processes, devices)
 
 
 @pytest.mark.slow
@@ -107,7 +107,7 @@ import os
 from smart_grpo_jax import host_reward
 
 @host_reward
-def brightness(images, prompts):
+def brightness(images, prompts, metadata):
     with open(os.environ["SEEN"] + os.environ.get("SGRPO_PROCESS_ID", ""), "a") as file:
         file.write(f"{len(images)}\\n")
     return [float(image.mean()) / 255 for image in images]

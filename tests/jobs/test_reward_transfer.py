@@ -4,6 +4,7 @@ ImageReward and the aesthetic predictor are the tiny ones that the package ships
 """
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from smart_grpo_jax.core import config as configs
 from smart_grpo_jax.core.types import Scores
 from smart_grpo_jax.data import prompts as prompt_data
 from smart_grpo_jax.jobs import assemble, reward_examples, traced, train
+from smart_grpo_jax.policy import rollout
 from smart_grpo_jax.rewards import base, mixture
 from smart_grpo_jax.runtime.compile_cache import CompileCount
 from smart_grpo_jax.runtime.mesh import replicated
@@ -68,7 +70,8 @@ def lowered(run, reward, batch, knobs):
     }
     fns = dataclasses.replace(run.fns, score=reward.score, search_score=reward.score)
     other = dataclasses.replace(run, fns=fns)
-    return train.Programs(other).act.lower(params, knobs, batch).as_text()
+    act = jax.jit(partial(rollout.act, other.fns, other.shape))
+    return act.lower(params, knobs, batch).as_text()
 
 
 def test_epochs_with_search_stay_on_the_device_and_share_one_program(run):

@@ -31,6 +31,19 @@ def test_a_stopped_run_asks_for_a_restart_where_something_would_start_it(monkeyp
     assert distributed.supervised()
 
 
+def test_whoever_watches_hears_of_everything_that_may_wait_for_others():
+    told = []
+    forget = distributed.before_waiting(lambda: told.append("waits"))
+    program = distributed.waits(lambda a, b: told.append("runs") or a + b)
+    assert program(1, 2) == 3 and told == ["waits", "runs"]
+    distributed.gather(None)
+    distributed.whole({"a": jax.numpy.zeros(2)})
+    assert told == ["waits", "runs", "waits", "waits"]
+    forget()
+    program(1, 2)
+    assert told[4:] == ["runs"]
+
+
 def test_explicit_variables_are_read_together_or_refused():
     assert distributed.explicit_arguments({}) is None
     assert distributed.explicit_arguments(ALL) == ("h:1", 4, 3)
