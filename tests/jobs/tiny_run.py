@@ -99,8 +99,9 @@ def environment(**changes):
 
 
 def timeless(folder):
-    """metrics.jsonl as text, without what depends on the clock, or on which epochs this process has worked."""
-    rows = [{k: v for k, v in row.items() if not k.startswith(("wall/", "work/"))} for row in read(folder)]
+    """metrics.jsonl as text, without what depends on the clock or on which epochs this process has worked."""
+    process = ("wall/", "work/")
+    rows = [{k: v for k, v in row.items() if not k.startswith(process)} for row in read(folder)]
     return [json.dumps(row) for row in rows]
 
 
