@@ -23,6 +23,8 @@ BYTES: Mapping[str, float] = {
 SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.+)$")
 HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
+END = re.compile(r"^\}(, execution_thread=.*)?$")
+"""The last line of a computation; a kernel's metadata may also have lines that begin with a bracket."""
 
 
 class Instruction(NamedTuple):
@@ -63,10 +65,12 @@ def parse(text: str) -> Module:
         if header := HEADER.match(line):
             current = computations.setdefault(header[2], [])
             entry = header[2] if header[1] else entry
-        elif line.startswith("}"):
+        elif END.match(line):
             current = None
         elif current is not None and (found := instruction(line)):
             current.append(found)
+        elif current:  # the attributes of a kernel go on over several lines
+            current[-1] = current[-1]._replace(rest=f"{current[-1].rest} {line}")
     return Module({name: tuple(body) for name, body in computations.items()}, entry)
 
 

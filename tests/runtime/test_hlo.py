@@ -96,3 +96,24 @@ def test_what_this_machine_compiles_sends_what_the_formula_says():
     gathered = [one for one in found if one.kind == "all-gather"]
     assert math.isclose(sum(one.sent for one in gathered), 5 * 64 * 64 * 4 * (n - 1) / n)
     assert {one.axes for one in found} == {("fsdp",)}
+
+
+KERNEL = """HloModule jit_f
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0:T(1024)} parameter(0)
+  %splash.1 = f32[8]{0:T(1024)} custom-call(%p), frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 128}"
+}}, metadata={op_name="jit(f)/attn/splash"}
+  ROOT %sum = f32[8]{0} all-reduce(%splash.1), replica_groups=mesh['axis_0'=8] {'axis_0'}, to_apply=%add
+}
+"""
+
+
+def test_a_kernels_metadata_does_not_end_its_computation():
+    """A line of it begins with a bracket: what follows such a kernel still counts."""
+    module = hlo.parse(KERNEL)
+    assert [one.name for one in module.computations["main"]] == ["p", "splash.1", "sum"]
+    assert module.computations["main"][1].op_name == "attn/splash"
+    (found,) = hlo.collectives(module, MESH)
+    assert found.kind == "all-reduce" and found.axes == ("data", "fsdp") and found.sent == 2 * 32 * 7 / 8
