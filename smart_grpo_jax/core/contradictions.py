@@ -43,6 +43,8 @@ def _weightless(rewards: Any) -> bool:
 
 
 LIKELIHOOD = ("ppo", "guard")
+"""Losses that need the density of each trained transition; the others learn from finished images alone."""
+
 MOVING = ("random", "sliding")
 """Windows whose steps change from epoch to epoch."""
 

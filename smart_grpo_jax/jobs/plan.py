@@ -161,18 +161,18 @@ def compiled(
         first = list(pool.map(lambda name: phase(config, topology, name, ask), names))
     phases: list[Phase] = []
     asked, most = microbatch.numbers_of(config), 1
+    ways = topology.chips // config.mesh.tensor
     for name, one in zip(names, first, strict=True):
-        numbers, tries = microbatch.numbers_of(config), 1
-        if any(numbers[n] != asked[n] for n in microbatch.PHASES[name]):
+        ours, tries = microbatch.PHASES[name], 1
+        numbers = microbatch.numbers_of(config)
+        if any(numbers[n] != asked[n] for n in ours):
             one = phase(config, topology, name, ask)
         while one.verdict == TOO_LARGE and tries < TRIES:
-            numbers = microbatch.numbers_of(config)
-            ours = [n for n in microbatch.PHASES[name] if n in solved]
-            ways = topology.chips // config.mesh.tensor
-            smaller = microbatch.halved(numbers, ours, config.prompts.groups, ways)
+            mine = [n for n in ours if n in solved]
+            smaller = microbatch.halved(numbers, mine, config.prompts.groups, ways)
             if smaller == numbers:
                 break
-            config, tries = microbatch.with_numbers(config, smaller), tries + 1
+            config, numbers, tries = microbatch.with_numbers(config, smaller), smaller, tries + 1
             one = phase(config, topology, name, ask)
         phases.append(one)
         most = max(most, tries)

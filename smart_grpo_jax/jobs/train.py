@@ -145,6 +145,7 @@ class Programs:
     def __init__(self, run: Run) -> None:
         waits = distributed.waits
         self.act = waits(jax.jit(partial(rollout.act, run.fns, run.shape)))
+        self.join = waits(record.join)
         self.credit = waits(jax.jit(partial(credit.experience, run.rule, run.shape)))
         self.summary = waits(jax.jit(partial(credit.summary, run.rule, run.shape)))
         self.learn = waits(layout.learner(run.policy, run.recipe, run.mesh, run.where()))
@@ -248,8 +249,8 @@ def save(loop: Loop, logged: bool) -> None:
         "pending": {} if logged else loop.pending,
     }
     with loop.speed.phase("save"), loop.watchdog.phase("save", loop.epoch):
-        loop.watchdog.mark()
-        loop.checkpoints.save(loop.epoch, loop.state, meta, loop.pending.get("eval/reward"))
+        keep = distributed.waits(loop.checkpoints.save)
+        keep(loop.epoch, loop.state, meta, loop.pending.get("eval/reward"))
 
 
 def stop_here(loop: Loop, logged: bool | None = None) -> None:
@@ -293,8 +294,7 @@ def act(loop: Loop, programs: Programs) -> tuple[rollout.Acted, credit.Masks, ro
         if scored:
             parts = [host_scores.added(part, scores) for part, scores in zip(parts, scored, strict=True)]
         loop.failed = outside.failed
-        loop.watchdog.mark()
-        acted, batch = record.join(parts), record.join_batches(batches)
+        acted, batch = programs.join(parts), record.join_batches(batches)
         jax.block_until_ready(acted.reward)
     masks = traced.credit_masks(run.config, run.times, loop.epoch, np.concatenate(real))
     return acted, masks, batch
