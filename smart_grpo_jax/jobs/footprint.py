@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from smart_grpo_jax.core.config import searched_steps
 from smart_grpo_jax.core.contradictions import LIKELIHOOD
 from smart_grpo_jax.core.types import PyTree
 from smart_grpo_jax.data import prompts as prompt_data
@@ -112,7 +111,7 @@ def of(p: Paper) -> Footprint:
         **lines(p),
         groups=config.prompts.groups,
         members=config.prompts.members,
-        searched=p.shape.searched_members if searched_steps(config) else 0,
+        searched=p.shape.searched_members,
         candidates=config.search.candidates,
         states=len(trained) if likelihood else 1,
         updates=config.train.updates_per_epoch,

@@ -4,7 +4,6 @@ program of a config for one topology and writes what the compiler said.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import sys
@@ -15,9 +14,6 @@ import jax
 
 from smart_grpo_jax.core import config as configs
 from smart_grpo_jax.jobs import footprint, plan_programs
-from smart_grpo_jax.jobs.plan_programs import Paper, Program
-from smart_grpo_jax.jobs.traced import epoch_window, search_mask
-from smart_grpo_jax.maths import flops
 from smart_grpo_jax.runtime import aot, topologies
 from smart_grpo_jax.runtime.files import write_atomic
 
@@ -38,7 +34,7 @@ def main(request: str, result: str) -> None:
         "mesh": dict(mesh.shape),
         "times": program.times,
         "share": program.share,
-        "flops": operations(paper, program, asked["program"]),
+        "flops": program.operations(),
         "resident_bytes": on_a_device(program.resident),
         "images": program.images or paper.images,
         "state_bytes": whole(paper.state),
@@ -46,24 +42,8 @@ def main(request: str, result: str) -> None:
     aot.counted(result).write_text(json.dumps(found))  # what is known whatever the compiler does
     if asked["compile"]:
         platform = "cpu" if topology.kind == "cpu" else "tpu"
-        found |= aot.measure(program.jitted(), program.args, mesh, platform)
+        found |= aot.measure(program.jitted(), program.args, mesh, platform, program.often)
     write_atomic(result, json.dumps(found))
-
-
-def operations(paper: Paper, program: Program, name: str) -> float:
-    """FLOPs of one run of the program on all devices.
-
-    The counter takes the costlier branch of a conditional, so that every step would be searched; only the
-    searched ones are.
-    """
-    whole = flops.count(program.fn, *program.args)
-    if name != "rollout" or not paper.shape.searched_members:
-        return whole
-    plain = dataclasses.replace(paper, shape=dataclasses.replace(paper.shape, searched_members=0))
-    base = plan_programs.PROGRAMS[name](plain)
-    without = flops.count(base.fn, *base.args)
-    mask = search_mask(paper.config, paper.times, epoch_window(paper.config, 0).stochastic)
-    return without + (whole - without) * float(mask[: paper.shape.stop].mean())
 
 
 def on_a_device(tree: Any) -> float:

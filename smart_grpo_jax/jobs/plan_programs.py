@@ -21,6 +21,7 @@ from smart_grpo_jax.data import prompts as prompt_data
 from smart_grpo_jax.hub import abstract, sharding
 from smart_grpo_jax.hub.pipeline import Pipeline
 from smart_grpo_jax.jobs import assemble, evaluate, judges, layout, traced
+from smart_grpo_jax.maths import flops
 from smart_grpo_jax.policy import credit, rollout, update
 from smart_grpo_jax.rewards import base, skeletons
 from smart_grpo_jax.runtime.mesh import batch_sharding, replicated, ways_of
@@ -30,7 +31,8 @@ from smart_grpo_jax.runtime.mesh import batch_sharding, replicated, ways_of
 class Program:
     """A function, its abstract arguments, how often it runs, what lies beside it, the images that all runs
     make, the share of epochs that have it, and `compiled`: it as training compiles it where that is not a
-    plain jit (a learner gives its state away)."""
+    plain jit (a learner gives its state away). `often` is the share of its steps that are searched: the
+    search is a branch of the program, which Flow-GRPO has, too, and never takes."""
 
     fn: Callable[..., Any]
     args: tuple[PyTree, ...]
@@ -39,10 +41,15 @@ class Program:
     images: int = 0
     share: float = 1.0
     compiled: Any = None
+    often: float = 1.0
 
     def jitted(self) -> Any:
         """The function as training compiles it."""
         return self.compiled or jax.jit(self.fn)
+
+    def operations(self) -> float:
+        """FLOPs of one run on all devices."""
+        return flops.count(self.fn, *self.args, often=self.often)
 
 
 def on_paper(tree: PyTree, where: Any) -> PyTree:
@@ -135,7 +142,9 @@ def rollout_program(p: Paper) -> Program:
     knobs = on_paper(traced.rollout_knobs(p.config, p.times, 0), p.everywhere)
     fn = partial(rollout.act, p.fns, p.shape)
     rest = {"average": p.state.ema, "optimizer": p.state.opt_state}
-    return Program(fn, (params, knobs, batch(p)), p.calls, rest, p.images)
+    searched = traced.search_mask(p.config, p.times, traced.epoch_window(p.config, 0).stochastic)
+    often = float(searched[: p.shape.stop].mean())
+    return Program(fn, (params, knobs, batch(p)), p.calls, rest, p.images, often=often)
 
 
 def batch(p: Paper) -> rollout.Batch:
@@ -202,7 +211,8 @@ def evaluate_program(p: Paper) -> Program:
     fn = partial(rollout.act, evaluate.eval_functions(run), evaluate.eval_shape(run, config.eval.search))
     rest = {"learned": p.state.params, "optimizer": p.state.opt_state}
     share = 1 / config.eval.every if config.eval.every else 0.0
-    return Program(fn, args, calls, rest, len(items) * members, share)
+    often = float(np.asarray(knobs.searched).mean())
+    return Program(fn, args, calls, rest, len(items) * members, share, often=often)
 
 
 def stretched(have: int, want: int, members: int, acted: rollout.Acted) -> rollout.Acted:

@@ -21,14 +21,15 @@ class Tally(NamedTuple):
     while_loops: int
 
 
-def count(fn: Callable, *args: Any) -> float:
-    """The operations of fn(*args); arguments may be `jax.ShapeDtypeStruct`s."""
-    return tally(fn, *args).flops
+def count(fn: Callable, *args: Any, often: float = 1.0) -> float:
+    """The operations of fn(*args); arguments may be `jax.ShapeDtypeStruct`s. `often` is the share of times
+    that a conditional takes its dearest branch; else it takes the cheapest."""
+    return tally(fn, *args, often=often).flops
 
 
-def tally(fn: Callable, *args: Any) -> Tally:
+def tally(fn: Callable, *args: Any, often: float = 1.0) -> Tally:
     """As `count`, with the number of loops whose length the program does not tell."""
-    return _jaxpr(jax.make_jaxpr(fn)(*args).jaxpr)
+    return _jaxpr(jax.make_jaxpr(fn)(*args).jaxpr, often)
 
 
 def _dot_general(eqn) -> float:
@@ -73,17 +74,19 @@ def bodies(value: Any) -> Iterator[Any]:
         yield value.jaxpr
 
 
-def _jaxpr(jaxpr) -> Tally:
+def _jaxpr(jaxpr, often: float) -> Tally:
     flops, loops = 0.0, 0
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         if name in PRODUCTS:
             flops += PRODUCTS[name](eqn)
             continue
-        inner = [_jaxpr(body) for value in eqn.params.values() for body in bodies(value)]
+        inside = 1.0 if name == "pallas_call" else often  # a kernel's conditions are its own
+        inner = [_jaxpr(body, inside) for value in eqn.params.values() for body in bodies(value)]
         loops += sum(body.while_loops for body in inner) + (name == "while")
         if name == "cond":
-            flops += max(body.flops for body in inner)
+            cheapest, *_, dearest = sorted(body.flops for body in inner)
+            flops += often * dearest + (1 - often) * cheapest
         else:
             flops += repeats(eqn) * sum(body.flops for body in inner)
     return Tally(flops, loops)

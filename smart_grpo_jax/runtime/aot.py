@@ -84,13 +84,16 @@ def mesh_of(topology: Topology, data: int, fsdp: int, tensor: int) -> Mesh:
     return make_mesh(data, fsdp, tensor, found.devices)
 
 
-def measure(jitted: Any, args: Sequence[Any], mesh: Mesh, platform: str) -> dict[str, Any]:
-    """Compile and say what the compiler says: bytes on a device, traffic by axis, largest buffers."""
+def measure(
+    jitted: Any, args: Sequence[Any], mesh: Mesh, platform: str, often: float = 1.0
+) -> dict[str, Any]:
+    """Compile and say what the compiler says: bytes on a device, traffic by axis, largest buffers; `often` is
+    the share of times that a conditional takes its costlier branch."""
     started = time.monotonic()
     compiled = jitted.trace(*args).lower(lowering_platforms=(platform,)).compile()
     seconds = time.monotonic() - started
     module = hlo.parse(compiled.as_text())
-    traffic = hlo.collectives(module, dict(mesh.shape))
+    traffic = hlo.collectives(module, dict(mesh.shape), often)
     by_axis: dict[str, float] = {}
     for one in traffic:
         axes = "+".join(one.axes)
@@ -99,7 +102,7 @@ def measure(jitted: Any, args: Sequence[Any], mesh: Mesh, platform: str) -> dict
         "compile_seconds": seconds,
         **memory_of(compiled),
         "sent_bytes": by_axis,
-        "memory_bytes": hlo_memory.moved(module),
+        "memory_bytes": hlo_memory.moved(module, often),
         "collectives": [one._asdict() for one in traffic[:8]],
         "buffers": [one._asdict() for one in hlo.buffers(module, 8)],
     }

@@ -120,8 +120,9 @@ def trips(module: Module, one: Instruction, roles: Mapping[str, list[str]]) -> i
 Visit = Callable[[Instruction, float], None]
 
 
-def walk(module: Module, visit: Visit, cost: Callable[[Instruction], float]) -> None:
-    """`visit(instruction, times)` for everything that runs; `cost` chooses among branches."""
+def walk(module: Module, visit: Visit, cost: Callable[[Instruction], float], often: float = 1.0) -> None:
+    """`visit(instruction, times)` for everything that runs. A conditional takes the branch of the highest
+    `cost` in the share `often` of its runs, else that of the lowest."""
 
     def total(name: str) -> float:
         found = [0.0]
@@ -140,7 +141,9 @@ def walk(module: Module, visit: Visit, cost: Callable[[Instruction], float]) -> 
                 run(roles["body"][0], times * trips(module, one, roles), visit)
             elif one.opcode == "conditional":
                 branches = [b for role in roles.values() for b in role]
-                run(max(branches, key=total), times, visit)
+                for branch, share in ((max, often), (min, 1 - often)):
+                    if share > 0:
+                        run(branch(branches, key=total), times * share, visit)
             elif one.opcode in ("call", "async-start", "fusion"):
                 for inner in roles.get("calls", []) + roles.get("to_apply", []):
                     run(inner, times, visit)
@@ -176,8 +179,8 @@ def kind_of(opcode: str) -> str | None:
     return base if base in COLLECTIVES else None
 
 
-def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
-    """All traffic of a program over a mesh, the largest first."""
+def collectives(module: Module, mesh: Mapping[str, int], often: float = 1.0) -> list[Collective]:
+    """All traffic of a program over a mesh, the largest first; `often` as in `walk`."""
     found: list[Collective] = []
 
     def sent(one: Instruction) -> float:
@@ -195,7 +198,7 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
             axes = axes_of(group(one.rest, math.prod(mesh.values())), mesh)
             found.append(Collective(kind, axes, times * each, times, one.op_name, one.shape))
 
-    walk(module, visit, sent)
+    walk(module, visit, sent, often)
     return sorted(found, key=lambda one: -one.sent)
 
 

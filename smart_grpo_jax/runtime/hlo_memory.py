@@ -25,8 +25,8 @@ PLACED = re.compile(r"[a-z]\w*\[[\d,]*\](?:\{[^}]*\})?")
 Shapes = Mapping[str, str]
 
 
-def moved(module: Module) -> float:
-    """Bytes read and written on one device in one run."""
+def moved(module: Module, often: float = 1.0) -> float:
+    """Bytes read and written on one device in one run; `often` as in `hlo.walk`."""
     fused = {
         name
         for body in module.computations.values()
@@ -44,7 +44,8 @@ def moved(module: Module) -> float:
         if id(one) in home:
             total[0] += times * cost(module, home[id(one)], one)
 
-    hlo.walk(module, visit, lambda one: cost(module, home[id(one)], one) if id(one) in home else 0.0)
+    price = lambda one: cost(module, home[id(one)], one) if id(one) in home else 0.0
+    hlo.walk(module, visit, price, often)
     return total[0]
 
 

@@ -17,6 +17,7 @@ from smart_grpo_jax.data import prompts as prompt_data
 from smart_grpo_jax.jobs import (
     assemble,
     evaluate,
+    footprint,
     judges,
     microbatch,
     plan,
@@ -99,6 +100,21 @@ def test_the_programs_on_paper_have_the_arguments_of_training(name, tmp_path):
         "search_reward": run.search_reward.params,
     }
     assert shapes(look.args) == shapes((params, knobs, batch)) and look.times == calls
+
+
+def test_flow_grpo_has_the_searchs_branch_and_room_for_it_and_does_no_work_in_it(tmp_path):
+    found = {}
+    for name, text in (("off", "none"), ("two", "1,2"), ("all", "0,1,2,3,4")):
+        config = tiny(tmp_path, search__steps=text, memory__rollout="auto", search__chunk="auto")
+        trial = microbatch.trial(config, 1)
+        paper = plan_programs.paper(trial, make_mesh(1, 1, 1, jax.devices()[:1]))
+        program = plan_programs.rollout_program(paper)
+        work = program.operations()
+        found[name] = (footprint.of(paper), work, program.often)
+    prints, work, often = ({name: row[i] for name, row in found.items()} for i in range(3))
+    assert prints["off"] == prints["two"] == prints["all"] and prints["off"].searched == 4
+    assert often == {"off": 0, "two": 2 / 6, "all": 5 / 6}
+    assert 0 < 5 * (work["two"] - work["off"]) == pytest.approx(2 * (work["all"] - work["off"]))
 
 
 TRUE_SIZES = {"image_reward": 446e6 - 0.93e6, "aesthetic": 304e6, "pick_score": 633e6, "hps": 633e6}

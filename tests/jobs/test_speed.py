@@ -10,8 +10,7 @@ import pytest
 
 from smart_grpo_jax import main as entry
 from smart_grpo_jax.core import config as configs
-from smart_grpo_jax.jobs import assemble, plan_compile, plan_programs, speed, speed_text, traced
-from smart_grpo_jax.maths import flops
+from smart_grpo_jax.jobs import assemble, plan_programs, speed, speed_text, traced
 from smart_grpo_jax.runtime.topologies import CHIPS
 from tests.jobs import tiny_run
 
@@ -153,10 +152,10 @@ def test_the_parts_add_up_to_the_operations_of_the_programs(name, tmp_path):
     paper = plan_programs.paper(config, assemble.make_mesh(0, 1, 1))
     parts = speed.work(*on_paper(paper))
     rollout = plan_programs.rollout_program(paper)
-    counted = plan_compile.operations(paper, rollout, "rollout") * rollout.times
+    counted = rollout.operations() * rollout.times
     assert sum(parts[part] for part in speed_text.ROLLOUT) == pytest.approx(counted, rel=2e-3)
     update = plan_programs.update_program(paper)
-    assert parts["update"] == pytest.approx(flops.count(update.fn, *update.args), rel=2e-3)
+    assert parts["update"] == pytest.approx(update.operations(), rel=2e-3)
 
 
 def on_paper(paper):
@@ -190,7 +189,7 @@ def test_work_is_what_the_model_asks_for_whatever_is_recomputed(tmp_path):
     plain, recomputed = (speed.work(*on_paper(paper)) for paper in papers)
     assert plain == recomputed
     updates = (plan_programs.update_program(paper) for paper in papers)
-    assert len({flops.count(update.fn, *update.args) for update in updates}) == 2
+    assert len({update.operations() for update in updates}) == 2
 
 
 @pytest.mark.slow

@@ -96,6 +96,7 @@ def test_rematerialisation_costs_the_forward_pass_again():
 def test_cond_counts_its_dearest_branch():
     f = lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x)
     assert flops.count(f, SQUARE) == 2 * CUBE
+    assert flops.count(f, SQUARE, often=0.25) == 0.25 * 2 * CUBE + 0.75 * CUBE
 
 
 def test_a_while_loop_counts_once_and_is_reported():

@@ -64,6 +64,15 @@ def test_a_loops_traffic_counts_as_often_as_it_runs_and_the_costliest_branch_alo
     assert (found["large"].axes, found["large"].sent) == (("data",), 4 * 64 / 2)
 
 
+def test_a_branch_counts_as_often_as_it_is_taken():
+    """All of large's 64 numbers from one of two; small's 8 are summed along a ring of four."""
+    found = {one.op_name: one.sent for one in hlo.collectives(hlo.parse(TPU), MESH, often=0.25)}
+    assert found["large"] == 0.25 * 4 * 64 / 2
+    assert found["small"] == 0.75 * 2 * 4 * 8 * 3 / 4
+    never = {one.op_name for one in hlo.collectives(hlo.parse(TPU), MESH, often=0.0)}
+    assert never == {"while/body/squeeze", "sum", "small"}
+
+
 def test_groups_are_read_in_every_notation():
     assert hlo.group("replica_groups=[2,4]<=[4,2]T(1,0), x", 8) == [0, 2, 4, 6]
     assert hlo.group("replica_groups=[4,2]<=[8], x", 8) == [0, 1]
