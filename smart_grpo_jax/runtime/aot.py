@@ -158,7 +158,8 @@ UNITS = {"G": GIB, "M": 2**20, "K": 2**10}
 def failure(code: int, stderr: str) -> Outcome:
     """The verdict on a child that left no result."""
     if OUT_OF_MEMORY.search(stderr):
-        return Outcome(TOO_LARGE, wanted(stderr), brief(line_with(OUT_OF_MEMORY, stderr)))
+        found = wanted(stderr)
+        return Outcome(TOO_LARGE, found, asked_too_much(found) or brief(line_with(OUT_OF_MEMORY, stderr)))
     if code < 0 or code in (134, 136, 139):
         return Outcome(CRASHED, {}, brief(last_line(stderr)) or f"exit status {code}")
     return Outcome(FAILED, {}, brief(last_line(stderr)) or f"exit status {code}")
@@ -174,6 +175,14 @@ def wanted(text: str) -> dict[str, float]:
         "peak_bytes": float(numbers[0]) * UNITS[numbers[1]],
         "limit_bytes": float(numbers[2]) * UNITS[numbers[3]],
     }
+
+
+def asked_too_much(found: Mapping[str, float]) -> str:
+    """The refusal in words; empty where it had no numbers."""
+    if not found:
+        return ""
+    asked, there = (found[name] / GIB for name in ("peak_bytes", "limit_bytes"))
+    return f"the compiler asks for {asked:.2f} GiB of a device, {there:.2f} are there"
 
 
 def line_with(pattern: re.Pattern[str], text: str) -> str:

@@ -68,7 +68,7 @@ def test_a_function_of_rows_does_not_notice(chunk):
 def test_nothing_travels():
     from functools import partial
 
-    from smart_grpo_jax.jobs.assemble import spread
+    from smart_grpo_jax.jobs.layout import spread
     from smart_grpo_jax.runtime import hlo
     from smart_grpo_jax.runtime.mesh import batch_sharding, make_mesh
 
