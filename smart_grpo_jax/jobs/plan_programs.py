@@ -139,12 +139,12 @@ def paper(config: Config, mesh: Mesh) -> Paper:
 def rollout_program(p: Paper) -> Program:
     """Act: all steps with their search, decode, score."""
     params = {"policy": p.policy.bind(p.frozen, p.state.params), **p.fixed}
-    knobs = on_paper(traced.rollout_knobs(p.config, p.times, 0), p.everywhere)
+    knobs = traced.rollout_knobs(p.config, p.times, 0)
     fn = partial(rollout.act, p.fns, p.shape)
     rest = {"average": p.state.ema, "optimizer": p.state.opt_state}
-    searched = traced.search_mask(p.config, p.times, traced.epoch_window(p.config, 0).stochastic)
-    often = float(searched[: p.shape.stop].mean())
-    return Program(fn, (params, knobs, batch(p)), p.calls, rest, p.images, often=often)
+    args = (params, on_paper(knobs, p.everywhere), batch(p))
+    often = float(np.asarray(knobs.searched)[: p.shape.stop].mean())
+    return Program(fn, args, p.calls, rest, p.images, often=often)
 
 
 def batch(p: Paper) -> rollout.Batch:

@@ -249,8 +249,7 @@ def save(loop: Loop, logged: bool) -> None:
         "pending": {} if logged else loop.pending,
     }
     with loop.speed.phase("save"), loop.watchdog.phase("save", loop.epoch):
-        keep = distributed.waits(loop.checkpoints.save)
-        keep(loop.epoch, loop.state, meta, loop.pending.get("eval/reward"))
+        loop.checkpoints.save(loop.epoch, loop.state, meta, loop.pending.get("eval/reward"))
 
 
 def stop_here(loop: Loop, logged: bool | None = None) -> None:

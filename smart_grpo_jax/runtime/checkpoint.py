@@ -94,6 +94,7 @@ class Checkpoints:
         """The epoch with the highest score; the later of equals; None where nothing was scored."""
         return self._shelf.best()
 
+    @distributed.waits
     def save(self, epoch: int, state: PyTree, meta: dict[str, Any], score: float | None = None) -> None:
         """Starts to write the state and returns; the caller may donate or change its arrays at once.
 

@@ -8,8 +8,8 @@ import os
 import types
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -23,6 +23,8 @@ from smart_grpo_jax.core.types import PyTree
 from smart_grpo_jax.runtime import progress
 from smart_grpo_jax.runtime.relay import Relay
 
+P = ParamSpec("P")
+T = TypeVar("T")
 EXPLICIT = ("SGRPO_COORDINATOR", "SGRPO_PROCESSES", "SGRPO_PROCESS_ID")
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
 METADATA_URL = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
@@ -219,12 +221,13 @@ def before_waiting(call: Callable[[], None]) -> Callable[[], None]:
     return lambda: _before_waiting.remove(call)
 
 
-def waits(program: Callable[..., Any]) -> Callable[..., Any]:
+def waits(program: Callable[P, T]) -> Callable[P, T]:
     """A program over the devices of all processes: whoever calls it may wait for the others in it."""
 
-    def called(*args: Any) -> Any:
+    @wraps(program)
+    def called(*args: P.args, **kwargs: P.kwargs) -> T:
         _waiting()
-        return program(*args)
+        return program(*args, **kwargs)
 
     return called
 

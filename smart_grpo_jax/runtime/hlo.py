@@ -141,9 +141,9 @@ def walk(module: Module, visit: Visit, cost: Callable[[Instruction], float], oft
                 run(roles["body"][0], times * trips(module, one, roles), visit)
             elif one.opcode == "conditional":
                 branches = [b for role in roles.values() for b in role]
-                for branch, share in ((max, often), (min, 1 - often)):
+                for choose, share in ((max, often), (min, 1 - often)):
                     if share > 0:
-                        run(branch(branches, key=total), times * share, visit)
+                        run(choose(branches, key=total), times * share, visit)
             elif one.opcode in ("call", "async-start", "fusion"):
                 for inner in roles.get("calls", []) + roles.get("to_apply", []):
                     run(inner, times, visit)
