@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 FLOORS = {
     "maths": 0, "core": 0, "worlds": 0,
     "models": 1, "policy": 1, "runtime": 1,
-    "hub": 2, "rewards": 3, "data": 3, "jobs": 4, "flags": 4, "main": 5,
+    "hub": 2, "rewards": 3, "data": 3, "jobs": 4, "flags": 4, "main": 5, "worker": 6,
 }  # fmt: skip
 # Outside libraries that a folder may use; folders that are not named may use any.
 LIBRARIES = {

@@ -53,22 +53,32 @@ def _mean(values: np.ndarray) -> float:
     return float(known.mean()) if known.size else float("nan")
 
 
+def program(run: Run, searched: bool, size: tuple[int, int] | None = None) -> Callable[..., rollout.Acted]:
+    """The jitted rollout of an evaluation."""
+    shape = eval_shape(run, searched)
+    if size is not None:
+        shape = dataclasses.replace(shape, latent=run.pipeline.latent_shape(size))
+    return distributed.waits(jax.jit(partial(rollout.act, eval_functions(run), shape)))
+
+
 def evaluator(
-    run: Run, *, search: bool | None = None, size: tuple[int, int] | None = None, batch: int = 0
+    run: Run,
+    *,
+    search: bool | None = None,
+    size: tuple[int, int] | None = None,
+    batch: int = 0,
+    act: Callable[..., rollout.Acted] | None = None,
 ) -> Callable[..., Evaluation]:
     """evaluate(weights, seed=EVAL_SEED) → Evaluation; the program is compiled on its first call.
 
     `batch` is the number of prompts in a call (0: as many as memory.rollout allows); `size` are the pixels
-    of the pictures where they are not the run's.
+    of the pictures where they are not the run's; `act` is the `program` where it was made before.
     """
     config, members = run.config, run.config.eval.seeds
     searched = config.eval.search if search is None else search
     times = assemble.time_grid(config, run.pipeline, config.sampler.eval_steps, size)
-    shape = eval_shape(run, searched)
-    if size is not None:
-        shape = dataclasses.replace(shape, latent=run.pipeline.latent_shape(size))
     rows, _ = groups_per_call(run, len(run.eval_items), batch)
-    act = distributed.waits(jax.jit(partial(rollout.act, eval_functions(run), shape)))
+    draw = act or program(run, searched, size)
 
     def evaluate(trainable: PyTree, seed: int = EVAL_SEED) -> Evaluation:
         params = run.rollout_params(trainable) | {
@@ -85,7 +95,7 @@ def evaluator(
             ids = [prompt_data.prompt_id(text) for text in texts]
             first = [item.repeat * members for item in items]
             one, _ = assemble.make_batch(run, texts, rows, run.eval_reward, ids, first)
-            drawn = act(params, knobs, one)
+            drawn = draw(params, knobs, one)
             outside.submit(drawn.images, texts, range(start, start + len(texts)))
             judged = distributed.whole(_scores(drawn)) | _second_opinion(config, texts, members, drawn.images)
             for name, value in judged.items():

@@ -1,14 +1,16 @@
-"""`--mode=experiment`: all runs of an experiment, one after the other, each in a process of its own.
+"""`--mode=experiment`: all runs of an experiment, one after the other, in a process beside this one.
 
 What is finished is skipped, what was begun is taken up where it stopped, what fails is told at the end and
-does not end the others. Several of these, on one machine or on several that share the folder, work on one
-list: each run is locked by who works on it. When all is there, compare.html is written.
+does not end the others: after a failure a fresh process goes on. Several of these, on one machine or on
+several that share the folder, work on one list: each run is locked by who works on it. When all is there,
+compare.html is written.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -32,6 +34,8 @@ TRIES = 3
 """How often a run may ask for that."""
 START = 45.0
 """Seconds until a run of the embedded world has loaded and compiled, beside what it computes."""
+LOG = "log.txt"
+"""What a run printed, in its folder."""
 LOOK_AGAIN = 15.0
 """Seconds between two looks at runs that others work on."""
 
@@ -92,8 +96,8 @@ def job(
     say(f"cost in network calls ({origin})")
     if dry:
         return
-    with interruptible():
-        failures = work(lines, clock, lambda line: command(path, line, overrides))
+    with interruptible(), Worker() as worker:
+        failures = work(lines, clock, lambda line: worker.run(line.folder, arguments(path, line, overrides)))
     finished = [line for line in lines if line.finished()]
     if found.audit:
         for line in finished:
@@ -132,8 +136,8 @@ def listing(lines: Sequence[Line], clock: Clock) -> str:
     return table(rows, head) + f"\n{len(lines)} runs, cost of what is left: {cost:.3g}, {clock.left(left)}"
 
 
-def work(lines: Sequence[Line], clock: Clock, command: Callable[[Line], list[str]]) -> list[str]:
-    """Run whatever is neither finished nor in another's hands, until all is finished or has failed."""
+def work(lines: Sequence[Line], clock: Clock, run: Callable[[Line], int]) -> list[str]:
+    """`run` whatever is neither finished nor in another's hands, until all is finished or has failed."""
     failures: list[str] = []
     pending = list(lines)
     waiting = False
@@ -146,7 +150,7 @@ def work(lines: Sequence[Line], clock: Clock, command: Callable[[Line], list[str
                     continue
                 pending.remove(line)
                 if mine and not line.finished():
-                    failures += one(line, clock, command(line), pending)
+                    failures += one(line, clock, run, pending)
         if pending and len(pending) == before:
             if not waiting:
                 say(f"waiting for {len(pending)} runs that others work on")
@@ -155,14 +159,14 @@ def work(lines: Sequence[Line], clock: Clock, command: Callable[[Line], list[str
     return failures
 
 
-def one(line: Line, clock: Clock, command: Sequence[str], pending: Sequence[Line]) -> list[str]:
-    """One run in its own process; what went wrong, if anything."""
-    say(f"{line.name}: {clock.left([line, *pending])}; log: {line.folder / 'log.txt'}")
+def one(line: Line, clock: Clock, run: Callable[[Line], int], pending: Sequence[Line]) -> list[str]:
+    """One run; what went wrong, if anything."""
+    say(f"{line.name}: {clock.left([line, *pending])}; log: {line.folder / LOG}")
     already = line.epochs_done()
     started = time.monotonic()
     code = RESTART
     for _ in range(TRIES):
-        code = child(line.folder, command)
+        code = run(line)
         if code != RESTART:
             break
     if code == 0 and line.finished():
@@ -170,29 +174,64 @@ def one(line: Line, clock: Clock, command: Sequence[str], pending: Sequence[Line
         epochs = max(1, line.config.train.epochs)
         clock.add(line, 1 - already / epochs, time.monotonic() - started)
         return []
-    why = f"{line.name}: exit {code}, {last_line(line.folder / 'log.txt')}"
+    why = f"{line.name}: exit {code}, {last_line(line.folder / LOG)}"
     say(f"FAILED {why}")
     return [why]
 
 
-def child(folder: Path, command: Sequence[str]) -> int:
-    """Run a command with its output in the run's log; an interruption is handed on and waited for."""
-    with open(folder / "log.txt", "ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+class Worker:
+    """A process that runs one command after the other; a fresh one after any that did not end well."""
+
+    def __init__(self, command: Sequence[str] = (sys.executable, "-m", "smart_grpo_jax.worker")) -> None:
+        self._command = command
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(self, folder: Path, argv: Sequence[str]) -> int:
+        """The exit code of a command whose output goes to the run's log; an interruption is handed on and
+        waited for."""
+        if self._process is None:
+            pipe = subprocess.PIPE
+            self._process = subprocess.Popen(
+                self._command, stdin=pipe, stdout=pipe, text=True, start_new_session=True
+            )
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
         try:
-            return process.wait()
+            print(json.dumps({"argv": list(argv), "log": str(folder / LOG)}), file=process.stdin, flush=True)
+            answer = process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
         except KeyboardInterrupt:
             process.send_signal(signal.SIGTERM)
             say("stopping: the run saves its state")
-            process.wait()
+            process.stdout.readline()
+            self.close()
             raise PleaseRestart("interrupted; the same command goes on where it stopped") from None
+        if answer == "0\n":
+            return 0
+        ended = self.close()
+        return int(answer) if answer else ended
+
+    def close(self) -> int:
+        """End the process; its exit code."""
+        process, self._process = self._process, None
+        if process is None:
+            return 0
+        process.communicate()
+        return process.returncode
 
 
-def command(path: str, line: Line, overrides: Sequence[tuple[str, str]]) -> list[str]:
-    """What trains one line: the entry point, as a user would call it."""
+def arguments(path: str, line: Line, overrides: Sequence[tuple[str, str]]) -> list[str]:
+    """What trains one line: the entry point's arguments, as a user would type them."""
     mode = ["--mode=rewards", "--audit"] if line.audit else []
     return [
-        *(sys.executable, "-m", "smart_grpo_jax.main", f"--config={path}:{line.words}", *mode),
+        *(f"--config={path}:{line.words}", *mode),
         f"--workdir={line.folder}",
         *(f"--config.{name}={value}" for name, value in overrides),
         f"--config.seed={line.seed}",

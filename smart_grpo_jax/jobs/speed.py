@@ -112,11 +112,13 @@ def work(run: Run, price: Mapping[str, float], masks: credit.Masks) -> dict[str,
 class Speed:
     """Where time and work went since the last line."""
 
-    def __init__(self, run: Run, trainable: PyTree) -> None:
+    def __init__(
+        self, run: Run, trainable: PyTree, priced: Callable[..., Mapping[str, float]] = prices
+    ) -> None:
         self._run = run
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), trainable)
         pool = ThreadPoolExecutor(1, "prices")  # while the first programs compile
-        self._price = pool.submit(prices, run, shapes)
+        self._price = pool.submit(priced, run, shapes)
         pool.shutdown(wait=False)
         self._devices = run.mesh.size
         chip = chip_of(run.mesh.devices.flat[0].device_kind)

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +26,6 @@ from smart_grpo_jax.jobs import (
     evaluate,
     guards,
     host_scores,
-    layout,
     measured_window,
     record,
     reward_check,
@@ -36,6 +34,7 @@ from smart_grpo_jax.jobs import (
     traced,
 )
 from smart_grpo_jax.jobs.assemble import Run
+from smart_grpo_jax.jobs.programs import Programs, programs_of
 from smart_grpo_jax.policy import cost, credit, rollout
 from smart_grpo_jax.runtime import distributed, manifest
 from smart_grpo_jax.runtime.checkpoint import Checkpoints
@@ -70,6 +69,7 @@ class Loop:
     compiles: CompileCount
     speed: speed.Speed
     logged: int
+    evaluate: Callable[..., evaluate.Evaluation]
     rounds: int = 0
     failed: tuple[str, ...] = ()
 
@@ -117,12 +117,12 @@ def train(
         with Heartbeat("loading"):
             run = assemble.assemble(config)
         distributed.meet(run.mesh)
-        loop = begin(run, folder, checkpoints, stop, watchdog, compiles, spent)
-    programs = Programs(run)
+        programs = programs_of(run)
+        loop = begin(run, programs, folder, checkpoints, stop, watchdog, compiles, spent)
     trace = Trace(folder.path, profile, loop.epoch, config.train.epochs)
     with loop.log:
         while True:
-            tell(loop, programs)
+            tell(loop)
             if finished(loop):
                 break
             started, compiled = time.monotonic(), compiles.total
@@ -139,21 +139,9 @@ def train(
         record.finish(run, folder, programs.act, loop.state, manifest.state_hash(loop.state))
 
 
-class Programs:
-    """The jitted programs of a run."""
-
-    def __init__(self, run: Run) -> None:
-        waits = distributed.waits
-        self.act = waits(jax.jit(partial(rollout.act, run.fns, run.shape)))
-        self.join = waits(record.join)
-        self.credit = waits(jax.jit(partial(credit.experience, run.rule, run.shape)))
-        self.summary = waits(jax.jit(partial(credit.summary, run.rule, run.shape)))
-        self.learn = waits(layout.learner(run.policy, run.recipe, run.mesh, run.where()))
-        self.evaluate = evaluate.evaluator(run)
-
-
 def begin(
     run: Run,
+    programs: Programs,
     folder: RunFolder,
     checkpoints: Checkpoints,
     stop: StopFlag,
@@ -182,14 +170,15 @@ def begin(
     nfe = dict(meta.get("nfe", spent))
     say(box("smart_grpo_jax", record.summary(run, state, folder.path, epoch, restored is not None)))
     pending = dict(meta.get("pending", {}))
-    timed = speed.Speed(run, state.params)
+    timed = speed.Speed(run, state.params, programs.prices)
     lines = log.state_lines() if distributed.is_main() else []
     logged = distributed.from_main(lines[-1]["epoch"] if lines else -1)
-    carried = (pending, nfe, eta, compiles, timed, logged)
+    look = evaluate.evaluator(run, act=programs.evaluate)
+    carried = (pending, nfe, eta, compiles, timed, logged, look)
     return Loop(run, folder, checkpoints, log, stop, watchdog, state, epoch, *carried)
 
 
-def tell(loop: Loop, programs: Programs) -> None:
+def tell(loop: Loop) -> None:
     """The line of this epoch, with an evaluation when one is due; then the checkpoint when one is due."""
     if loop.logged < loop.epoch:
         scalars = loop.pending
@@ -198,7 +187,7 @@ def tell(loop: Loop, programs: Programs) -> None:
             heartbeat = Heartbeat(f"evaluating epoch {loop.epoch}")
             with loop.speed.phase("evaluate"), loop.watchdog.phase("evaluate", loop.epoch), heartbeat:
                 weights = evaluate.evaluated_weights(loop.config, loop.state)
-                result = programs.evaluate(weights)
+                result = loop.evaluate(weights)
             evaluate.refuse_failures(loop.config, result, f"evaluation {loop.epoch}")
             scalars |= record.evaluation(loop.folder, loop.epoch, result)
             scalars["wall/eval_seconds"] = time.monotonic() - started

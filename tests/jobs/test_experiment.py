@@ -1,5 +1,6 @@
 """The runner of experiments: what it runs, skips, takes up, tells, and how two of them share a list."""
 
+import contextlib
 import json
 import os
 import signal
@@ -72,9 +73,9 @@ class Trainer:
     def __init__(self, monkeypatch, lines, codes=None):
         self.lines = {str(line.folder): line for line in lines}
         self.codes, self.ran = dict(codes or {}), []
-        monkeypatch.setattr(experiment, "child", self)
+        monkeypatch.setattr(experiment, "Worker", lambda: contextlib.nullcontext(self))
 
-    def __call__(self, folder, command):
+    def run(self, folder, argv):
         line = self.lines[str(folder)]
         self.ran.append(line.name)
         left = self.codes.get(line.name, [])
@@ -84,6 +85,9 @@ class Trainer:
         else:
             (folder / "log.txt").write_text("loading\nit broke\n")
         return code
+
+    def line(self, line):
+        return self.run(line.folder, [])
 
 
 def test_the_list_goes_seed_by_seed_and_what_is_not_trained_has_one(file, tmp_path):
@@ -144,7 +148,7 @@ def test_a_failure_is_told_at_the_end_and_does_not_end_the_others(file, tmp_path
 def test_a_run_that_asks_for_it_is_started_again_but_not_for_ever(file, tmp_path, monkeypatch):
     lines = listed(file, tmp_path)[:2]
     trainer = Trainer(monkeypatch, lines, {"plain, seed 0": [75, 75], "noisy, seed 0": [75, 75, 75, 75]})
-    failures = experiment.work(lines, Clock(compare_runs.UNWEIGHTED), lambda line: [])
+    failures = experiment.work(lines, Clock(compare_runs.UNWEIGHTED), trainer.line)
     assert trainer.ran == ["plain, seed 0"] * 3 + ["noisy, seed 0"] * 3
     assert len(failures) == 1 and "exit 75" in failures[0]
 
@@ -161,35 +165,59 @@ def test_what_another_works_on_is_left_to_it_and_waited_for(file, tmp_path, monk
         finish(lines[0])
 
     monkeypatch.setattr(experiment.time, "sleep", wait)
-    assert experiment.work(lines, Clock(compare_runs.UNWEIGHTED), lambda line: []) == []
+    assert experiment.work(lines, Clock(compare_runs.UNWEIGHTED), trainer.line) == []
     os.close(other)
     assert trainer.ran == ["noisy, seed 0"] and len(slept) == 1
 
 
-def test_the_command_of_a_run_is_one_that_a_user_could_type(file, tmp_path):
+def test_a_run_is_asked_for_as_a_user_would_type_it(file, tmp_path):
     line = listed(file, tmp_path, overrides=[("train.epochs", "3")])[1]
-    command = experiment.command(str(file), line, [("train.epochs", "3")])
-    assert command[1:3] == ["-m", "smart_grpo_jax.main"]
-    flags = entry.parse(command[3:], entry.MODES)
+    flags = entry.parse(experiment.arguments(str(file), line, [("train.epochs", "3")]), entry.MODES)
     config = entry.load_config(flags)
     assert (config.seed, config.train.epochs, config.sampler.noise_level) == (0, 3, 0.8)
     assert flags.workdir == str(line.folder)
     base = listed(file, tmp_path, overrides=[("train.epochs", "3")])[2]
-    command = experiment.command(str(file), base, [("train.epochs", "3")])
-    assert entry.load_config(entry.parse(command[3:], entry.MODES)).train.epochs == 0
+    argv = experiment.arguments(str(file), base, [("train.epochs", "3")])
+    assert entry.load_config(entry.parse(argv, entry.MODES)).train.epochs == 0
+
+
+def test_commands_share_a_process_until_one_of_them_fails(tmp_path):
+    def said():
+        return (tmp_path / "log.txt").read_text()
+
+    with experiment.Worker() as worker:
+        assert worker.run(tmp_path, ["--help"]) == 0 and "modes:" in said()
+        first = worker._process.pid
+        assert worker.run(tmp_path, ["--help"]) == 0 and said().count("modes:") == 2
+        assert worker._process.pid == first
+        assert worker.run(tmp_path, ["--mode=trian"]) == 2
+        assert said().count("\n") > 2 and said().splitlines()[-1].startswith("--mode")
+        assert worker._process is None
+        assert worker.run(tmp_path, ["--help"]) == 0 and worker._process.pid != first
+
+
+def test_a_process_that_dies_is_a_failure_of_its_run_and_the_next_has_another(tmp_path):
+    dies = "import os, sys; sys.stdin.readline(); os._exit(77)"
+    with experiment.Worker([sys.executable, "-c", dies]) as worker:
+        assert [worker.run(tmp_path, []) for _ in range(2)] == [77, 77]
 
 
 def test_an_interruption_reaches_the_run_and_is_waited_for(tmp_path):
-    script = "import signal, sys, time; signal.signal(15, lambda *a: (print('saved'), sys.exit(75))); "
-    script += "print('up', flush=True); time.sleep(60)"
+    script = """
+import json, signal, sys, time
+log = open(json.loads(sys.stdin.readline())["log"], "w", buffering=1)
+signal.signal(15, lambda *a: (print("saved", file=log), sys.exit(75)))
+print("up", file=log)
+time.sleep(60)
+"""
     code = f"""
 import sys
 from pathlib import Path
 from smart_grpo_jax.core.errors import PleaseRestart
 from smart_grpo_jax.jobs import experiment
 try:
-    with experiment.interruptible():
-        experiment.child(Path({str(tmp_path)!r}), [sys.executable, "-c", {script!r}])
+    with experiment.interruptible(), experiment.Worker([sys.executable, "-c", {script!r}]) as worker:
+        worker.run(Path({str(tmp_path)!r}), [])
 except PleaseRestart as error:
     print(error)
 """

@@ -15,7 +15,8 @@ import tiny_run
 from smart_grpo_jax.core import config as configs
 from smart_grpo_jax.core.types import Scores
 from smart_grpo_jax.data import prompts as prompt_data
-from smart_grpo_jax.jobs import assemble, reward_examples, traced, train
+from smart_grpo_jax.jobs import assemble, reward_examples, traced
+from smart_grpo_jax.jobs.programs import programs_of
 from smart_grpo_jax.policy import rollout
 from smart_grpo_jax.rewards import base, mixture
 from smart_grpo_jax.runtime.compile_cache import CompileCount
@@ -75,7 +76,7 @@ def lowered(run, reward, batch, knobs):
 
 
 def test_epochs_with_search_stay_on_the_device_and_share_one_program(run):
-    programs, state = train.Programs(run), run.state()
+    programs, state = programs_of(run), run.state()
     built, rewards = [], []
     for epoch in range(4):
         batch, knobs, masks, update_knobs = inputs(run, epoch)

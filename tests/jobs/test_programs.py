@@ -1,0 +1,45 @@
+"""Programs that runs share: equal ones do, and what they compute does not depend on who made them."""
+
+import tiny_run
+
+from smart_grpo_jax.jobs import programs
+from smart_grpo_jax.runtime.metrics import read
+
+SHORT = ("train.epochs=2", "eval.every=0")
+NUMBERS = (
+    *("seed=5", "train.learning_rate=0.002", "train.half_life=3.0", "train.weight_decay=0.01"),
+    *("train.ema.decay=0.5", "train.warmup=1", "train.clip=0.01", "sampler.noise_level=0.6"),
+)
+
+
+def trained(folder, *overrides):
+    assert tiny_run.run(folder, *SHORT, *overrides) == 0
+    last = read(folder)[-1]
+    return {name: value for name, value in last.items() if not name.startswith("wall/")}
+
+
+def test_a_run_computes_the_same_with_its_own_programs_and_with_those_of_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(programs, "_made", {})
+    alone = trained(tmp_path / "alone", *NUMBERS)
+    monkeypatch.setattr(programs, "_made", {})
+    first = trained(tmp_path / "first")
+    second = trained(tmp_path / "second", *NUMBERS)
+    assert len(programs._made) == 1
+    assert second == alone and first["update/grad_norm"] != alone["update/grad_norm"]
+    other = trained(tmp_path / "other", *NUMBERS, "train.loss=nft", "train.clip=0.0")
+    assert len(programs._made) == 2 and other != alone
+
+
+def test_the_oldest_programs_go_first(monkeypatch):
+    monkeypatch.setattr(programs, "_made", {})
+    monkeypatch.setattr(programs, "same", lambda run: run)
+    monkeypatch.setattr(programs, "made", lambda run: f"programs of {run}")
+    for run in range(programs.KEPT + 1):
+        assert programs.programs_of(run) == f"programs of {run}"
+    assert len(programs._made) == programs.KEPT and 0 not in programs._made and 1 in programs._made
+
+
+def test_a_price_is_asked_for_once():
+    asked = []
+    price = programs.once(lambda run: asked.append(run) or {"velocity": 1.0})
+    assert price("a") == price("b") == {"velocity": 1.0} and asked == ["a"]
