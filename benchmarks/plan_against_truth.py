@@ -28,7 +28,7 @@ from smart_grpo_jax.core import config as configs
 from smart_grpo_jax.core.config import Config
 from smart_grpo_jax.core.types import PyTree
 from smart_grpo_jax.jobs import plan, plan_programs, traced
-from smart_grpo_jax.runtime import aot, compile_cache, topologies
+from smart_grpo_jax.runtime import aot, aot_measure, compile_cache, topologies
 from smart_grpo_jax.runtime.progress import say, table
 
 LIMIT = 1800.0
@@ -146,7 +146,7 @@ def measure(asked: Path, answer: Path) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins again here
     before = status("VmRSS")
     run()
-    peak, planned = status("VmHWM") - before, aot.memory_of(compiled)
+    peak, planned = status("VmHWM") - before, aot_measure.memory_of(compiled)
     answer.write_text(json.dumps({"peak_bytes": peak, "before": before, "planned": planned}))
 
 

@@ -72,7 +72,8 @@ def asker(exact: bool, out: str) -> Ask:
         doing = "counting" if program == "footprint" or not request["compile"] else "compiling"
         with Heartbeat(f"{doing}: {program} for {host.name}"):
             env = aot.environment(host, exact)
-            return cache.put(request, aot.child(CHILD, request, env, EXACT if exact else QUICK))
+            asked = {**request, "kept": cache.programs}
+            return cache.put(request, aot.child(CHILD, asked, env, EXACT if exact else QUICK))
 
     return ask
 

@@ -6,13 +6,13 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from smart_grpo_jax.runtime.aot import CRASHED, FITS, TOO_LARGE, Outcome
+from smart_grpo_jax.runtime.aot_measure import libtpu_version
 from smart_grpo_jax.runtime.files import write_atomic
 
 SOURCES = ("core", "maths", "models", "policy", "hub", "rewards", "runtime", "jobs")
@@ -41,6 +41,11 @@ class Cache:
         name = f"{request['topology']}-{request['program']}".replace(":", "-")
         return self.folder / f"{name}-{key({**request, 'exact': self.exact})}.json"
 
+    @property
+    def programs(self) -> str:
+        """Where compiled programs are kept; empty for nowhere."""
+        return str(self.folder / "programs") if self.folder else ""
+
     def get(self, request: Mapping[str, Any]) -> Outcome | None:
         """The answer, if it is known."""
         if self.folder is None or not self.file(request).is_file():
@@ -65,16 +70,8 @@ def key(request: Mapping[str, Any]) -> str:
 def version() -> str:
     """A digest of the code that programs are made of, and of what compiles them."""
     root = Path(__file__).resolve().parents[1]
-    digest = hashlib.sha256(f"{jax.__version__} {compiler()}".encode())
+    digest = hashlib.sha256(f"{jax.__version__} {libtpu_version()}".encode())
     for file in sorted(path for name in SOURCES for path in (root / name).rglob("*.py")):
         if not (file.parent.name == "jobs" and file.name.startswith(NOT_COMPILED)):
             digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-def compiler() -> str:
-    """The version of libtpu, if it is there."""
-    try:
-        return metadata.version("libtpu")
-    except metadata.PackageNotFoundError:
-        return ""

@@ -15,6 +15,7 @@ import jax
 from smart_grpo_jax.core import config as configs
 from smart_grpo_jax.jobs import footprint, plan_programs
 from smart_grpo_jax.runtime import aot, topologies
+from smart_grpo_jax.runtime.aot_measure import measure
 from smart_grpo_jax.runtime.files import write_atomic
 
 
@@ -42,7 +43,8 @@ def main(request: str, result: str) -> None:
     aot.counted(result).write_text(json.dumps(found))  # what is known whatever the compiler does
     if asked["compile"]:
         platform = "cpu" if topology.kind == "cpu" else "tpu"
-        found |= aot.measure(program.jitted(), program.args, mesh, platform, program.often)
+        kept = Path(asked["kept"]) if asked.get("kept") else None
+        found |= measure(program.jitted(), program.args, mesh, platform, program.often, kept)
     write_atomic(result, json.dumps(found))
 
 

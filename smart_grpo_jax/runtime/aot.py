@@ -12,8 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ import jax
 from jax.sharding import Mesh
 
 from smart_grpo_jax.core.errors import UserError
-from smart_grpo_jax.runtime import hlo, hlo_memory, tpu_options
+from smart_grpo_jax.runtime import tpu_options
 from smart_grpo_jax.runtime.mesh import make_mesh
 from smart_grpo_jax.runtime.topologies import GIB, Topology
 
@@ -82,50 +81,6 @@ def mesh_of(topology: Topology, data: int, fsdp: int, tensor: int) -> Mesh:
             f"--topology: {topology.name}: libtpu knows no such slice ({brief(str(error))})"
         ) from None
     return make_mesh(data, fsdp, tensor, found.devices)
-
-
-def measure(
-    jitted: Any, args: Sequence[Any], mesh: Mesh, platform: str, often: float = 1.0
-) -> dict[str, Any]:
-    """Compile and say what the compiler says: bytes on a device, traffic by axis, largest buffers; `often` is
-    the share of times that a conditional takes its costlier branch."""
-    started = time.monotonic()
-    compiled = jitted.trace(*args).lower(lowering_platforms=(platform,)).compile()
-    seconds = time.monotonic() - started
-    module = hlo.parse(compiled.as_text())
-    traffic = hlo.collectives(module, dict(mesh.shape), often)
-    by_axis: dict[str, float] = {}
-    for one in traffic:
-        axes = "+".join(one.axes)
-        by_axis[axes] = by_axis.get(axes, 0.0) + one.sent
-    return {
-        "compile_seconds": seconds,
-        **memory_of(compiled),
-        "sent_bytes": by_axis,
-        "memory_bytes": hlo_memory.moved(module, often),
-        "collectives": [one._asdict() for one in traffic[:8]],
-        "buffers": [one._asdict() for one in hlo.buffers(module, 8)],
-    }
-
-
-def memory_of(compiled: Any) -> dict[str, float]:
-    """Bytes on a device by the compiler's own allocator."""
-    memory = compiled.memory_analysis()
-    peak = getattr(memory, "peak_memory_in_bytes", 0)
-    if peak < memory.temp_size_in_bytes:  # the CPU's compiler leaves temporaries out of it
-        peak = (
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-            + memory.temp_size_in_bytes
-        )
-    return {
-        "argument_bytes": memory.argument_size_in_bytes,
-        "output_bytes": memory.output_size_in_bytes,
-        "alias_bytes": memory.alias_size_in_bytes,
-        "temp_bytes": memory.temp_size_in_bytes,
-        "peak_bytes": peak,
-    }
 
 
 def child(module: str, request: Mapping[str, Any], env: Mapping[str, str], limit: float) -> Outcome:

@@ -282,6 +282,7 @@ def test_answers_are_kept_and_asked_for_once(tmp_path):
     assert kept.get(request) == done
     assert kept.get(request | {"config": {"a": 2}}) is None
     assert Cache(tmp_path / "parts", exact=True).get(request) is None
+    assert kept.programs == str(tmp_path / "parts" / "programs") and Cache(None, False).programs == ""
     kept.put(request | {"program": "rollout"}, aot.Outcome(aot.LATE, {}, "no answer"))
     assert kept.get(request | {"program": "rollout"}) is None
 
