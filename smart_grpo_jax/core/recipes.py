@@ -42,7 +42,8 @@ def choices(argument: str, groups: Mapping[str, Sequence[str]]) -> dict[str, str
 
 
 def flow_grpo() -> ConfigDict:
-    """Flow-GRPO as published for SD3.5-M: 48 groups of 24, 10 steps to learn and 40 to evaluate, LoRA."""
+    """Flow-GRPO as published for SD3.5-M: 48 groups of 24, 10 steps to learn and 40 to evaluate, LoRA. It is
+    Smart-GRPO without rounds: one program serves both."""
     config: Any = configs.default()
     config.prompts.groups, config.prompts.members = 48, 24
     config.sampler.steps, config.sampler.eval_steps = 10, 40
@@ -51,6 +52,7 @@ def flow_grpo() -> ConfigDict:
     config.model.dtype, config.model.t5_length = "bfloat16", 128
     config.adapter.kind, config.adapter.rank, config.adapter.alpha = "lora", 32, 64.0
     config.search.rounds = 0
+    config.search.space, config.search.returns, config.search.steps = "latent", "mean", "late"
     config.train.loss, config.train.clip = "ppo", 1e-4
     config.train.learning_rate, config.train.updates_per_epoch = 3e-4, 2
     config.train.ema.decay, config.train.ema.every = 0.9, 8
@@ -61,7 +63,6 @@ def smart_grpo() -> ConfigDict:
     """Algorithm 1 as published, on top of Flow-GRPO: 5 rounds of 5 at the late steps, the mean executed."""
     config: Any = flow_grpo()
     config.search.rounds, config.search.candidates, config.search.elite = 5, 5, 0.5
-    config.search.space, config.search.returns, config.search.steps = "latent", "mean", "late"
     return config
 
 

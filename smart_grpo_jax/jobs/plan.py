@@ -16,8 +16,9 @@ from pathlib import Path
 
 from smart_grpo_jax.core import config as configs
 from smart_grpo_jax.core.config import Config, searched_steps
+from smart_grpo_jax.core.contradictions import elite_count
 from smart_grpo_jax.core.errors import UserError
-from smart_grpo_jax.jobs import microbatch, plan_numbers, plan_picture, plan_slices, plan_text
+from smart_grpo_jax.jobs import microbatch, plan_numbers, plan_picture, plan_slices, plan_text, traced
 from smart_grpo_jax.jobs.footprint import Footprint
 from smart_grpo_jax.jobs.plan_cache import Cache
 from smart_grpo_jax.jobs.plan_numbers import COUNTED, Phase, Plan
@@ -60,22 +61,34 @@ def asker(exact: bool, out: str) -> Ask:
 
     def ask(config: Config, topology: Topology, program: str) -> Outcome:
         host = topology if compiled_for(topology) else Topology("cpu", "", topology.chips)
+        whole = with_search(config)
         request = {
-            "config": configs.to_dict(config),
+            "config": configs.to_dict(whole),
             "topology": host.name,
             "program": program,
             "compile": compiled_for(topology),
         }
-        known = cache.get(request)
-        if known is not None:
-            return known
-        doing = "counting" if program == "footprint" or not request["compile"] else "compiling"
-        with Heartbeat(f"{doing}: {program} for {host.name}"):
-            env = aot.environment(host, exact)
-            asked = {**request, "kept": cache.programs}
-            return cache.put(request, aot.child(CHILD, asked, env, EXACT if exact else QUICK))
+        done = cache.get(request)
+        if done is None:
+            doing = "counting" if program == "footprint" or not request["compile"] else "compiling"
+            with Heartbeat(f"{doing}: {program} for {host.name}"):
+                env, asked = aot.environment(host, exact), {**request, "kept": cache.programs}
+                done = cache.put(request, aot.child(CHILD, asked, env, EXACT if exact else QUICK))
+        never = done.found.get("never", {}) if whole is not config else {}
+        return done._replace(found={**{k: v for k, v in done.found.items() if k != "never"}, **never})
 
     return ask
+
+
+def with_search(config: Config) -> Config:
+    """The config whose programs are this one's. Flow-GRPO is a search that is never taken, and what it costs
+    is told beside what the search costs: so one answer serves both."""
+    search = dataclasses.replace(config.search, rounds=traced.DEFAULT_ROUNDS)
+    never = config.search.rounds == 0 and config.search.credit == "none"
+    could = config.sampler.window.kind == "all" and config.sampler.transition != "ode"
+    return (
+        dataclasses.replace(config, search=search) if never and could and elite_count(search) > 1 else config
+    )
 
 
 def compiled_for(topology: Topology) -> bool:

@@ -36,6 +36,7 @@ def main(request: str, result: str) -> None:
         "times": program.times,
         "share": program.share,
         "flops": program.operations(),
+        "never": {"flops": program.operations(0.0)},
         "resident_bytes": on_a_device(program.resident),
         "images": program.images or paper.images,
         "state_bytes": whole(paper.state),
@@ -44,7 +45,8 @@ def main(request: str, result: str) -> None:
     if asked["compile"]:
         platform = "cpu" if topology.kind == "cpu" else "tpu"
         kept = Path(asked["kept"]) if asked.get("kept") else None
-        found |= measure(program.jitted(), program.args, mesh, platform, program.often, kept)
+        made = measure(program.jitted(), program.args, mesh, platform, program.often, kept)
+        found |= {**made, "never": found["never"] | made["never"]}
     write_atomic(result, json.dumps(found))
 
 

@@ -47,9 +47,9 @@ class Program:
         """The function as training compiles it."""
         return self.compiled or jax.jit(self.fn)
 
-    def operations(self) -> float:
-        """FLOPs of one run on all devices."""
-        return flops.count(self.fn, *self.args, often=self.often)
+    def operations(self, often: float | None = None) -> float:
+        """FLOPs of one run on all devices, with another share of searched steps where it is given."""
+        return flops.count(self.fn, *self.args, often=self.often if often is None else often)
 
 
 def on_paper(tree: PyTree, where: Any) -> PyTree:

@@ -30,23 +30,28 @@ def measure(
     jitted: Any, args: Sequence[Any], mesh: Mesh, platform: str, often: float = 1.0, kept: Path | None = None
 ) -> dict[str, Any]:
     """Compile and say what the compiler says: bytes on a device, traffic by axis, largest buffers; `often` is
-    the share of times that a conditional takes its costlier branch. What was compiled lies in `kept`, if it
-    is given, and is not compiled again."""
+    the share of times that a conditional takes its costlier branch, and `never` what moves where it does
+    not. What was compiled lies in `kept`, if it is given, and is not compiled again."""
     lowered = jitted.trace(*args).lower(lowering_platforms=(platform,))
     made = compiled(lowered, mesh, kept)
     module = hlo.parse(made.pop("text"))
     traffic = hlo.collectives(module, dict(mesh.shape), often)
-    by_axis: dict[str, float] = {}
-    for one in traffic:
-        axes = "+".join(one.axes)
-        by_axis[axes] = by_axis.get(axes, 0.0) + one.sent
     return {
         **made,
-        "sent_bytes": by_axis,
-        "memory_bytes": hlo_memory.moved(module, often),
+        **moving(module, mesh, often),
+        "never": moving(module, mesh, 0.0),
         "collectives": [one._asdict() for one in traffic[:8]],
         "buffers": [one._asdict() for one in hlo.buffers(module, 8)],
     }
+
+
+def moving(module: hlo.Module, mesh: Mesh, often: float) -> dict[str, Any]:
+    """Bytes that a device sends, by axes, and moves between its memory and its units."""
+    by_axis: dict[str, float] = {}
+    for one in hlo.collectives(module, dict(mesh.shape), often):
+        axes = "+".join(one.axes)
+        by_axis[axes] = by_axis.get(axes, 0.0) + one.sent
+    return {"sent_bytes": by_axis, "memory_bytes": hlo_memory.moved(module, often)}
 
 
 def compiled(lowered: Any, mesh: Mesh, kept: Path | None) -> dict[str, Any]:

@@ -287,6 +287,31 @@ def test_answers_are_kept_and_asked_for_once(tmp_path):
     assert kept.get(request | {"program": "rollout"}) is None
 
 
+def test_one_answer_serves_smart_grpo_and_flow_grpo(tmp_path, monkeypatch):
+    asked = []
+
+    def child(module, request, env, limit):
+        asked.append(request)
+        return aot.Outcome(aot.FITS, {"flops": 9.0, "peak_bytes": 3.0, "never": {"flops": 4.0}})
+
+    monkeypatch.setattr(aot, "child", child)
+    ask = plan.asker(False, str(tmp_path / "plan.json"))
+    smart, flow = (
+        configs.from_dict(run_file(f"configs/sd35_medium.py:{name}")) for name in ("smart_grpo", "flow_grpo")
+    )
+    assert plan.with_search(flow) == smart and plan.with_search(smart) is smart
+    here = parse("cpu:2")
+    assert ask(smart, here, "rollout").found == {"flops": 9.0, "peak_bytes": 3.0}
+    assert ask(flow, here, "rollout").found == {"flops": 4.0, "peak_bytes": 3.0}
+    assert len(asked) == 1 and asked[0]["kept"] == str(tmp_path / "plan.parts" / "programs")
+
+
+def test_a_search_that_could_not_be_is_not_put_into_a_plan(tmp_path):
+    for changes in ({"search__credit": "difference"}, {"sampler__window__kind": "fixed"}):
+        plain = tiny(tmp_path, search__rounds="0", **changes)
+        assert plan.with_search(plain) is plain
+
+
 def test_a_sweep_takes_slices_with_their_meshes_and_has_a_row_for_each(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plan, "compiled_for", lambda topology: True)
     monkeypatch.setattr(plan, "asker", lambda exact, out: Asked(lambda program, c: c.mesh.fsdp > 1))
