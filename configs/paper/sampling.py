@@ -10,7 +10,9 @@ Expect   not run yet; docs/reproducing.md will say.
 from smart_grpo_jax.core import ways
 from smart_grpo_jax.core.experiments import Arm, Experiment
 
-SIZES = [(k, n) for n in (1, 2, 3, 5) for k in (3, 5, 10, 25) if k * n <= 50]
+SIZES = [(k, n) for n in (1, 2, 3, 5) for k in (3, 5, 8, 10, 25) if k * n <= 50 and (k != 8 or n == 1)]
+FULL = {"search.rounds": 5, "search.candidates": 5}
+BEST = {"search.rounds": 1, "search.returns": "best"}
 
 
 def grid() -> dict[str, Arm]:
@@ -34,6 +36,16 @@ EXPERIMENT = Experiment(
         "plain_40_steps": Arm({"sampler.eval_steps": 40}, longer=0),
         "images_16": Arm({"sampler.eval_steps": 10, "eval.seeds": 16}, longer=0),
         **grid(),
+        "early_5x5_best": Arm(ways.EARLY | ways.EVALUATED | FULL | {"search.returns": "best"}, longer=0),
+        "early_5x5_sample": Arm(ways.EARLY | ways.EVALUATED | FULL | {"search.returns": "sample"}, longer=0),
+        "early_5x5_rms": Arm(ways.EARLY | ways.EVALUATED | FULL | ways.UNIT_NOISE, longer=0),
+        **{
+            f"{name}_{k}x1": Arm(
+                ways.EVALUATED | BEST | {"search.steps": steps, "search.candidates": k}, longer=0
+            )
+            for name, steps in (("step_1", [1]), ("steps_1_2", [1, 2]))
+            for k in (8, 25)
+        },
         "late_5x5": Arm(ways.PUBLISHED | ways.EVALUATED, longer=0),
         "all_5x5": Arm(ways.PUBLISHED | ways.EVALUATED | {"search.steps": "all"}, longer=0),
         "random_5x5": Arm(

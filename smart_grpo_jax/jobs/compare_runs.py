@@ -12,7 +12,8 @@ import glob
 import json
 import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def load(given: Sequence[str]) -> list[Arm]:
 
 
 def from_folder(path: Path) -> list[Run]:
-    """The run of a folder; an evaluation with several images per prompt is also a best-of-n of them."""
+    """The run of a folder; with several images per prompt also the best of 2, 4, 8 … and of all of them."""
     story = report_folder.read(path)
     evaluations = [e for e in story.evaluations if e.scores]
     if not evaluations:
@@ -155,20 +156,19 @@ def from_folder(path: Path) -> list[Run]:
     seed = int(story.config.get("seed", 0))
     name = arm_name(Path(path))
 
-    def run(label: str, fold: Any) -> Run:
+    def run(label: str, fold: Callable[..., Any], cost: int = 1) -> Run:
         points = [
             Point(e.epoch, fold(e.scores), calls_of(rows.get(e.epoch, {})), pace * e.epoch)
             for e in evaluations
         ]
-        last = evaluations[-1]
+        last, picture = evaluations[-1], {call: cost * count for call, count in _picture(path).items()}
         return Run(label, seed, story.config, machine(story), last.prompts, points, last.images, picture)
 
-    picture = _picture(path)
     images = next(iter(evaluations[-1].scores.values())).shape[1]
     found = [run(name, means)]
     if images >= MANY and evaluations[-1].epoch == 0 and "reward" in evaluations[-1].scores:
-        picture = {call: images * count for call, count in picture.items()}
-        found.append(run(f"{name}, best of {images}", best))
+        counts = [2**i for i in range(1, images.bit_length()) if 2**i < images]
+        found += [run(f"{name}, best of {n}", partial(best, count=n), n) for n in (*counts, images)]
     return found
 
 
@@ -185,11 +185,14 @@ def means(scores: Mapping[str, np.ndarray]) -> dict[str, Float[np.ndarray, " p"]
     return {name: statistics.per_prompt_mean(values) for name, values in scores.items()}
 
 
-def best(scores: Mapping[str, np.ndarray]) -> dict[str, Float[np.ndarray, " p"]]:
-    """Every score of the image whose reward is the highest of its prompt."""
-    reward = scores["reward"]
-    chosen = np.where(np.isfinite(reward), reward, -np.inf).argmax(1)[:, None]
-    return {name: np.take_along_axis(v.astype(np.float64), chosen, 1)[:, 0] for name, v in scores.items()}
+def best(scores: Mapping[str, np.ndarray], count: int) -> dict[str, Float[np.ndarray, " p"]]:
+    """Every score of the image whose reward is the highest of `count`, as a mean over what a prompt's images
+    make of such lots."""
+    lots = lambda values: values[:, : values.shape[1] // count * count].reshape(len(values), -1, count)
+    reward = lots(scores["reward"])
+    chosen = np.where(np.isfinite(reward), reward, -np.inf).argmax(-1)[..., None]
+    picked = lambda values: np.take_along_axis(lots(values).astype(np.float64), chosen, -1)[..., 0]
+    return {name: statistics.per_prompt_mean(picked(values)) for name, values in scores.items()}
 
 
 def calls_of(row: Mapping[str, Any]) -> dict[str, int]:

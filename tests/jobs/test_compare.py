@@ -93,11 +93,22 @@ def test_several_images_of_an_untrained_prompt_are_also_the_best_of_them(tmp_pat
     made(tmp_path / "tuned" / "seed0", seed=0)
     made(tmp_path / "tuned" / "seed1", seed=1)
     arms = compare_runs.load([str(tmp_path / "base"), f"{tmp_path}/tuned/*"])
-    assert [a.name for a in arms] == ["base", "base, best of 8", "tuned"]
-    assert arms[1].last("shapes").mean() > arms[0].last("shapes").mean() + 0.05
+    names = ["base", *(f"base, best of {n}" for n in (2, 4, 8))]
+    assert [a.name for a in arms] == [*names, "tuned"]
+    rewards = [arms[i].last("shapes").mean() for i in range(4)]
+    assert rewards == sorted(rewards) and rewards[3] > rewards[0] + 0.05
     found = compare.compare(arms, "base", PRICE, "")
     assert {r["axis"] for r in found["comparisons"]} == {"end"}
     assert row(found, "base, best of 8", "end")["verdict"] == "better"
+
+
+def test_the_best_of_a_lot_brings_its_other_scores_and_every_lot_counts():
+    reward = np.array([[0.1, 0.9, np.nan, 0.4, 0.2], [0.5, 0.5, 0.6, 0.3, 0.9]])
+    judge = np.array([[1.0, 2.0, 3.0, 4.0, 5.0], [6.0, 7.0, 8.0, 9.0, 10.0]])
+    found = compare_runs.best({"reward": reward, "judge": judge}, count=2)
+    np.testing.assert_allclose(found["judge"], [(2 + 4) / 2, (6 + 8) / 2])  # the fifth makes no lot
+    np.testing.assert_allclose(found["reward"], [0.65, 0.55])
+    np.testing.assert_allclose(compare_runs.best({"reward": reward}, count=5)["reward"], [0.9, 0.9])
 
 
 def test_a_results_file_says_the_same_as_the_folders(folder, tmp_path, result):
