@@ -11,6 +11,10 @@ whose content this script writes from docs/results/. Kinds of places, each with 
     verdict FILE ARM AGAINST SCORE AXIS       the same in words
     table FILE AGAINST AXIS [SCORE …]  every arm against one, these scores or all
     figure FILE SCORE AXIS             the curves, drawn into docs/figures/
+    paid FILE AGAINST FULL SCORE …     arms that are not trained by what a picture costs, and their share of
+                                       the gain of the arm FULL
+    bought FILE SCORE LABEL:ARM,ARM … …    a line per label through such arms (`*` stands for anything)
+    audit FILE                         the steps of an audit.json: fidelity and gain
 
 A results file is what `--mode=compare RUN … --results=docs/results/NAME.jsonl` stores. With `--check`
 nothing is written, and what is stale is named (exit code 1); a test does the same.
@@ -20,17 +24,27 @@ from __future__ import annotations
 
 import functools
 import html
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from smart_grpo_jax.core.errors import UserError, nearest
-from smart_grpo_jax.jobs import compare, compare_page, compare_runs, compare_statistics
+from smart_grpo_jax.jobs import (
+    audit_report,
+    compare,
+    compare_page,
+    compare_runs,
+    compare_statistics,
+    report_plot,
+)
 from smart_grpo_jax.jobs.compare_runs import Arm
+from smart_grpo_jax.jobs.report_plot import Line
 
 DOCS = Path(__file__).resolve().parent
 PLACE = re.compile(r"<!-- made (.+?) -->(.*?)<!-- end -->", re.DOTALL)
@@ -150,6 +164,60 @@ def figure(docs: Path, name: str, figures: dict[Path, str], score: str, axis: st
     return f"![{html.escape(label)} by {compare_runs.AXES[axis]}](figures/{file})"
 
 
+def paid(docs: Path, name: str, figures: dict[Path, str], against: str, full: str, *names: str) -> str:
+    """What a picture costs and is worth, cheapest first; the first score decides over the share."""
+    found = result(docs / "results" / name, against)
+    scores = [one(found["scores"], name=score) for score in names]
+    labels = [s["label"] for s in scores]
+    at = lambda arm, score: row(docs, name, arm, against, score, "end")
+    whole = at(full, names[0])["difference"]
+    lines = [["arm", "calls a picture", *labels, f"{labels[0]}, difference", f"of the gain of {full}"]]
+    lines.append(["---"] * len(lines[0]))
+    for arm in sorted(found["arms"], key=lambda arm: arm["picture"]):
+        cells = [arm["name"], f"{arm['picture']:,.0f}", *(f"{arm['scores'][score]:.3f}" for score in names)]
+        if arm["name"] != against:
+            gain = at(arm["name"], names[0])
+            cells += [compare.interval(gain), f"{gain['difference'] / whole:.0%}"]
+        lines.append(cells + [""] * (len(lines[0]) - len(cells)))
+    return "\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def bought(docs: Path, name: str, figures: dict[Path, str], score: str, *families: str) -> str:
+    """A score over what a picture costs."""
+    found = result(docs / "results" / name, None)
+    drawn = []
+    for family in families:
+        label, _, patterns = family.partition(":")
+        some = [a for a in found["arms"] if any(fnmatch(a["name"], p) for p in patterns.split(","))]
+        if not some:
+            raise UserError(f"made: {name} has no arm like {patterns}")
+        some.sort(key=lambda arm: arm["picture"])
+        points = [[arm["picture"] for arm in some], [arm["scores"][score] for arm in some]]
+        drawn.append(Line(label.replace("_", " "), *points, dots=True))
+    label = one(found["scores"], name=score)["label"]
+    file = f"{Path(name).stem}-{score.replace('/', '-')}-bought.svg"
+    width, height = compare_page.FIGURE
+    svg = report_plot.lines(
+        drawn, title=label, x_label="weighted calls a picture", y_label=label, width=width, height=height
+    )
+    figures[docs / "figures" / file] = compare_page.alone(svg)
+    return f"![{html.escape(label)} by what a picture costs](figures/{file})"
+
+
+def audit(docs: Path, name: str, figures: dict[Path, str]) -> str:
+    """Fidelity of the decode and gain of the finished image, step by step."""
+    path = docs / "results" / name
+    if not path.is_file():
+        raise UserError(f"made: no file {path}")
+    found = audit_report.from_json(json.loads(path.read_text(encoding="utf-8")))
+    places = audit_report.digits(found.group_std)
+    lines = [["step", "t", "fidelity", "gain of the finished image"], ["---"] * 4]
+    for step in found.steps:
+        words = [step.fidelity.words(2), step.gain.words(places)]
+        lines.append([str(step.step), f"{step.t:.3f}", *words])
+    return "\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
 def one(rows: Sequence[Mapping[str, Any]], **wanted: Any) -> Mapping[str, Any]:
     """The one row with these values."""
     found = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
@@ -165,6 +233,9 @@ KINDS: Mapping[str, Callable[..., str]] = {
     "verdict": verdict,
     "table": table,
     "figure": figure,
+    "paid": paid,
+    "bought": bought,
+    "audit": audit,
 }
 
 if __name__ == "__main__":

@@ -170,8 +170,13 @@ def plot(result: Mapping[str, Any], arms: Sequence[Arm], score: str, axis: str, 
 
 
 def figure(result: Mapping[str, Any], arms: Sequence[Arm], score: str, axis: str) -> str:
-    """A plot as an SVG file that stands alone, light and dark."""
-    opening, rest = plot(result, arms, score, axis, FIGURE).split(">", 1)
+    """The curves as an SVG file."""
+    return alone(plot(result, arms, score, axis, FIGURE))
+
+
+def alone(svg: str) -> str:
+    """A plot of this size as a file that stands alone, light and dark."""
+    opening, rest = svg.split(">", 1)
     size = f'xmlns="http://www.w3.org/2000/svg" width="{FIGURE[0]}" height="{FIGURE[1]}" '
     ground = '<rect class="ground" width="100%" height="100%" rx="10"/>'
     style = f"<style>{report_style.PLOT}{STYLE}</style>"

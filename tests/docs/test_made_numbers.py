@@ -1,14 +1,16 @@
 """Figures and numbers of the docs are those of their logs."""
 
+import json
 import re
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from smart_grpo_jax.core.errors import UserError
 from smart_grpo_jax.jobs import compare, compare_runs
-from tests.jobs.made_runs import arm
+from tests.jobs.made_runs import arm, made, save
 
 DOCS = Path(__file__).parents[2] / "docs"
 FIGURES = runpy.run_path(str(DOCS / "make_figures.py"))
@@ -72,6 +74,48 @@ def test_a_changed_number_is_seen_and_so_is_a_figure_that_no_page_shows(docs):
     assert FIGURES["orphans"](docs) == [docs / "figures" / "old.svg"]
 
 
+def test_what_is_not_trained_is_told_by_what_a_picture_costs(docs, tmp_path):
+    for name, calls in (("few", 10), ("full", 50), ("many", 80)):
+        made(tmp_path / name, epochs=(0,), seed=0, gain=0.0)
+        lift = {"few": 0.0, "full": 0.2, "many": 0.3}[name]
+        with np.load(tmp_path / name / "eval" / "0.npz") as stored:
+            scores = {k[6:]: stored[k] + lift for k in stored if k.startswith("score:")}
+        save(tmp_path / name / "eval" / "0.npz", scores, 40)
+        counted = dict.fromkeys(("velocity", "backward", "decode", "reward"), 0) | {"velocity": calls}
+        (tmp_path / name / "price.json").write_text(json.dumps({"picture": counted}))
+    runs = compare_runs.load([str(tmp_path / name) for name in ("many", "few", "full")])
+    compare.write_results(docs / "results" / "some.jsonl", runs)
+    (docs / "page.md").write_text(
+        "<!-- made paid some.jsonl few full shapes --><!-- end -->\n"
+        "<!-- made bought some.jsonl shapes all_of_them:f*,many --><!-- end -->\n"
+    )
+    write(docs)
+    text = (docs / "page.md").read_text()
+    assert [line.split(" | ")[0] for line in text.splitlines() if "+0." in line] == ["| full", "| many"]
+    assert "| 100% |" in text and "| 150% |" in text
+    svg = (docs / "figures" / "some-shapes-bought.svg").read_text()
+    assert "all of them" in svg and svg.count('r="3"') == 3
+    (docs / "page.md").write_text("<!-- made bought some.jsonl shapes all:none* --><!-- end -->")
+    with pytest.raises(UserError, match="no arm like none"):
+        FIGURES["everything"](docs)
+
+
+def test_an_audit_is_told_step_by_step(docs):
+    interval = [0.5, 0.4, 0.6]
+    step = {"step": 3, "t": 0.667, "t_next": 0.556, "noisy": True, "fidelity": interval, "judged": interval,
+            "spread": 0.1, "share": 0.5, "gain": [0.101, 0.08, 0.123], "seconds": 1.0, "nfe": 4,
+            "parts": {}}  # fmt: skip
+    window = {"steps": [3], "times": "0.6..0.7"}
+    found = {"format": 1, "holds_for": {}, "weights": "base", "seed": 0, "prompts": 2, "members": 4,
+             "finished": 0.5, "group_std": 0.2, "steps": [step], "recommended": window, "usable": window,
+             "nfe": {"velocity": 4}, "seconds": 1.0, "compile_seconds": 1.0}  # fmt: skip
+    (docs / "results" / "some.json").write_text(json.dumps(found))
+    (docs / "page.md").write_text("<!-- made audit some.json --><!-- end -->")
+    write(docs)
+    row = next(line for line in (docs / "page.md").read_text().splitlines() if line.startswith("| 3 |"))
+    assert "0.667" in row and "+.50" in row.replace("+0.", "+.") and ".101" in row
+
+
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
@@ -82,6 +126,7 @@ def test_a_changed_number_is_seen_and_so_is_a_figure_that_no_page_shows(docs):
         ("value trial.jsonl plain", "words"),
         ("difference trial.jsonl better plain shapes coast", "got 0 results"),
         ("table trial.jsonl plan cost", "--against"),
+        ("audit none.json", "no file"),
     ],
 )
 def test_a_place_that_asks_for_what_is_not_there_is_an_error(asked, says, docs):
