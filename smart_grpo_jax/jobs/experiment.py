@@ -99,6 +99,9 @@ def job(
     with interruptible(), Worker() as worker:
         failures = work(lines, clock, lambda line: worker.run(line.folder, arguments(path, line, overrides)))
     finished = [line for line in lines if line.finished()]
+    for line in finished:
+        if not (line.folder / PRICE).is_file():
+            write_json(line.folder / PRICE, experiment_list.price(line.config))
     if found.audit:
         for line in finished:
             say(f"look at {experiment_list.join(line)}")
@@ -170,7 +173,6 @@ def one(line: Line, clock: Clock, run: Callable[[Line], int], pending: Sequence[
         if code != RESTART:
             break
     if code == 0 and line.finished():
-        write_json(line.folder / PRICE, experiment_list.price(line.config))
         epochs = max(1, line.config.train.epochs)
         clock.add(line, 1 - already / epochs, time.monotonic() - started)
         return []
