@@ -171,10 +171,13 @@ def paid(docs: Path, name: str, figures: dict[Path, str], against: str, full: st
     labels = [s["label"] for s in scores]
     at = lambda arm, score: row(docs, name, arm, against, score, "end")
     whole = at(full, names[0])["difference"]
-    lines = [["arm", "calls a picture", *labels, f"{labels[0]}, difference", f"of the gain of {full}"]]
+    networks = {arm.name: arm.runs[0].picture["velocity"] for arm in arms(docs / "results" / name)}
+    head = ["arm", "cost of a picture", "network calls", *labels, f"{labels[0]}, difference"]
+    lines = [[*head, f"of the gain of {full}"]]
     lines.append(["---"] * len(lines[0]))
     for arm in sorted(found["arms"], key=lambda arm: arm["picture"]):
-        cells = [arm["name"], f"{arm['picture']:,.0f}", *(f"{arm['scores'][score]:.3f}" for score in names)]
+        cells = [arm["name"], f"{arm['picture']:,.0f}", f"{networks[arm['name']]:,}"]
+        cells += [f"{arm['scores'][score]:.3f}" for score in names]
         if arm["name"] != against:
             gain = at(arm["name"], names[0])
             cells += [compare.interval(gain), f"{gain['difference'] / whole:.0%}"]

@@ -168,7 +168,7 @@ def from_folder(path: Path) -> list[Run]:
     found = [run(name, means)]
     if images >= MANY and evaluations[-1].epoch == 0 and "reward" in evaluations[-1].scores:
         counts = [2**i for i in range(1, images.bit_length()) if 2**i < images]
-        found += [run(f"{name}, best of {n}", partial(best, count=n), n) for n in (*counts, images)]
+        found += [run(f"{name}_best_of_{n}", partial(best, count=n), n) for n in (*counts, images)]
     return found
 
 

@@ -93,13 +93,13 @@ def test_several_images_of_an_untrained_prompt_are_also_the_best_of_them(tmp_pat
     made(tmp_path / "tuned" / "seed0", seed=0)
     made(tmp_path / "tuned" / "seed1", seed=1)
     arms = compare_runs.load([str(tmp_path / "base"), f"{tmp_path}/tuned/*"])
-    names = ["base", *(f"base, best of {n}" for n in (2, 4, 8))]
+    names = ["base", *(f"base_best_of_{n}" for n in (2, 4, 8))]
     assert [a.name for a in arms] == [*names, "tuned"]
     rewards = [arms[i].last("shapes").mean() for i in range(4)]
     assert rewards == sorted(rewards) and rewards[3] > rewards[0] + 0.05
     found = compare.compare(arms, "base", PRICE, "")
     assert {r["axis"] for r in found["comparisons"]} == {"end"}
-    assert row(found, "base, best of 8", "end")["verdict"] == "better"
+    assert row(found, "base_best_of_8", "end")["verdict"] == "better"
 
 
 def test_the_best_of_a_lot_brings_its_other_scores_and_every_lot_counts():
