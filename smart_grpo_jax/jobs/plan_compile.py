@@ -36,17 +36,18 @@ def main(request: str, result: str) -> None:
         "times": program.times,
         "share": program.share,
         "flops": program.operations(),
-        "never": {"flops": program.operations(0.0)},
         "resident_bytes": on_a_device(program.resident),
         "images": program.images or paper.images,
         "state_bytes": whole(paper.state),
     }
+    if program.often is not None:
+        found["never"] = {"flops": program.operations(0.0)}
     aot.counted(result).write_text(json.dumps(found))  # what is known whatever the compiler does
     if asked["compile"]:
         platform = "cpu" if topology.kind == "cpu" else "tpu"
         kept = Path(asked["kept"]) if asked.get("kept") else None
         made = measure(program.jitted(), program.args, mesh, platform, program.often, kept)
-        found |= {**made, "never": found["never"] | made["never"]}
+        found = {**found, **made, "never": {**found.get("never", {}), **made.get("never", {})}}
     write_atomic(result, json.dumps(found))
 
 

@@ -31,8 +31,8 @@ from smart_grpo_jax.runtime.mesh import batch_sharding, replicated, ways_of
 class Program:
     """A function, its abstract arguments, how often it runs, what lies beside it, the images that all runs
     make, the share of epochs that have it, and `compiled`: it as training compiles it where that is not a
-    plain jit (a learner gives its state away). `often` is the share of its steps that are searched: the
-    search is a branch of the program, which Flow-GRPO has, too, and never takes."""
+    plain jit (a learner gives its state away). `often` is the share of its steps that are searched, None
+    without a search: the search is a branch of the program, which Flow-GRPO has, too, and never takes."""
 
     fn: Callable[..., Any]
     args: tuple[PyTree, ...]
@@ -41,7 +41,7 @@ class Program:
     images: int = 0
     share: float = 1.0
     compiled: Any = None
-    often: float = 1.0
+    often: float | None = None
 
     def jitted(self) -> Any:
         """The function as training compiles it."""
@@ -49,7 +49,8 @@ class Program:
 
     def operations(self, often: float | None = None) -> float:
         """FLOPs of one run on all devices, with another share of searched steps where it is given."""
-        return flops.count(self.fn, *self.args, often=self.often if often is None else often)
+        shares = (share for share in (often, self.often, 1.0) if share is not None)
+        return flops.count(self.fn, *self.args, often=next(shares))
 
 
 def on_paper(tree: PyTree, where: Any) -> PyTree:

@@ -27,19 +27,26 @@ SETTINGS = ("JAX_OPTIMIZATION_LEVEL", "XLA_FLAGS", tpu_options.VARIABLE)
 
 
 def measure(
-    jitted: Any, args: Sequence[Any], mesh: Mesh, platform: str, often: float = 1.0, kept: Path | None = None
+    jitted: Any,
+    args: Sequence[Any],
+    mesh: Mesh,
+    platform: str,
+    often: float | None = None,
+    kept: Path | None = None,
 ) -> dict[str, Any]:
-    """Compile and say what the compiler says: bytes on a device, traffic by axis, largest buffers; `often` is
-    the share of times that a conditional takes its costlier branch, and `never` what moves where it does
-    not. What was compiled lies in `kept`, if it is given, and is not compiled again."""
+    """Compile and say what the compiler says: bytes on a device, traffic by axis, largest buffers. `often` is
+    the share of times that a conditional takes its costlier branch (None: it always does); where it is
+    given, `never` is what moves if it never does. What was compiled lies in `kept`, if that is given, and
+    is not compiled again."""
     lowered = jitted.trace(*args).lower(lowering_platforms=(platform,))
     made = compiled(lowered, mesh, kept)
     module = hlo.parse(made.pop("text"))
-    traffic = hlo.collectives(module, dict(mesh.shape), often)
+    share = 1.0 if often is None else often
+    traffic = hlo.collectives(module, dict(mesh.shape), share)
     return {
         **made,
-        **moving(module, mesh, often),
-        "never": moving(module, mesh, 0.0),
+        **moving(module, mesh, share),
+        **({} if often is None else {"never": moving(module, mesh, 0.0)}),
         "collectives": [one._asdict() for one in traffic[:8]],
         "buffers": [one._asdict() for one in hlo.buffers(module, 8)],
     }

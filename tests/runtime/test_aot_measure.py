@@ -34,6 +34,9 @@ def test_a_program_is_compiled_once_whoever_asks(mesh, tmp_path, monkeypatch):
     never = aot_measure.measure(branch(2.0), [argument(mesh)], mesh, "cpu", 0.0, tmp_path)
     assert never["memory_bytes"] < first["memory_bytes"]
     assert never["peak_bytes"] == first["peak_bytes"]
+    assert first["never"]["memory_bytes"] == never["memory_bytes"]
+    always = aot_measure.measure(branch(2.0), [argument(mesh)], mesh, "cpu", None, tmp_path)
+    assert always == {name: value for name, value in first.items() if name != "never"}
 
 
 @pytest.mark.parametrize("what", ["constant", "shape", "setting", "nowhere"])
