@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from smart_grpo_jax.core.errors import UserError
-from smart_grpo_jax.jobs import compare_runs, compare_statistics, statistics
+from smart_grpo_jax.jobs import compare_settings, compare_statistics, statistics
 from smart_grpo_jax.jobs.compare_runs import Arm, Run
 from smart_grpo_jax.runtime.files import storage, write_json
 
@@ -52,7 +52,7 @@ def band(arm: Arm) -> dict[str, Any]:
         "seeds": arm.seeds,
         "machine": arm.runs[0].machine,
         "prompts": len(arm.runs[0].prompts),
-        "settings": compare_runs.settings(arm.runs[0].config),
+        "settings": compare_settings.changed(arm.runs[0].config),
         "epochs": epochs,
         "scores": scores,
     }
@@ -83,7 +83,7 @@ def check(path: Path, arms: Sequence[Arm]) -> list[str]:
 
 def _verdict(stored: Mapping[str, Any], run: Run) -> list[str]:
     name = f"{run.arm}, seed {run.seed}"
-    mine = compare_runs.settings(run.config)
+    mine = compare_settings.changed(run.config)
     differ = [
         k for k in sorted(mine.keys() | stored["settings"].keys()) if mine.get(k) != stored["settings"].get(k)
     ]

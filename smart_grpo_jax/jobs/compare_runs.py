@@ -20,10 +20,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from smart_grpo_jax.core import config as configs
-from smart_grpo_jax.core import resumable, schema
+from smart_grpo_jax.core import schema
 from smart_grpo_jax.core.errors import UserError
-from smart_grpo_jax.jobs import report_folder, statistics
+from smart_grpo_jax.jobs import compare_settings, report_folder, statistics
 from smart_grpo_jax.jobs.report_folder import Story, is_number
 
 CALLS = ("velocity", "backward", "decode", "reward")
@@ -37,9 +36,6 @@ MANY = 4
 
 DIGITS = 10_000
 """Scores are packed in units of 1/DIGITS."""
-
-NOT_COMPARED = ("seed", "search.chunk", "model.attention")
-"""Fields in which runs of one arm may differ: the seed, and what a machine needs and only rounding sees."""
 
 AXES = {"epoch": "epoch", "cost": "weighted calls", "seconds": "seconds of training"}
 """What scores are compared at."""
@@ -246,9 +242,9 @@ def arms(runs: Iterable[Run]) -> list[Arm]:
 def _check_arm(arm: Arm) -> None:
     if len(set(arm.seeds)) < len(arm.seeds):
         raise UserError(f"{arm.name}: got the seeds {arm.seeds}, wanted each once (or other folder names)")
-    first = settings(arm.runs[0].config)
+    first = compare_settings.settings(arm.runs[0].config)
     for run in arm.runs[1:]:
-        other = settings(run.config)
+        other = compare_settings.settings(run.config)
         differ = sorted(k for k in first.keys() | other.keys() if first.get(k) != other.get(k))
         if differ:
             name = differ[0]
@@ -256,13 +252,6 @@ def _check_arm(arm: Arm) -> None:
                 f"{arm.name}: seed {run.seed} has {name} = {other.get(name)!r}, seed {arm.seeds[0]} has "
                 f"{first.get(name)!r}; wanted one config in all runs of an arm"
             )
-
-
-def settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run computes, but for its seed: the defaults filled in."""
-    whole = dict(schema.flatten(configs.to_dict(configs.Config()))) | dict(schema.flatten(config))
-    kept = resumable.semantic(whole) | {"train.epochs": whole["train.epochs"]}
-    return {name: value for name, value in kept.items() if name not in NOT_COMPARED}
 
 
 def is_whole(score: str) -> bool:
@@ -279,8 +268,6 @@ def trained_on(config: Mapping[str, Any], score: str) -> bool:
 
 def pack(run: Run) -> str:
     """A run as one line of a results file: settings that are not the defaults, and its evaluations."""
-    defaults = dict(schema.flatten(configs.to_dict(configs.Config())))
-    changed = {k: v for k, v in schema.flatten(run.config) if k not in defaults or defaults[k] != v}
     points = [
         {
             "epoch": point.epoch,
@@ -295,7 +282,7 @@ def pack(run: Run) -> str:
             "arm": run.arm,
             "seed": run.seed,
             "machine": run.machine,
-            "config": changed,
+            "config": compare_settings.stored(run.config),
             "picture": dict(run.picture),
             "prompts": _text(zlib.compress("\n".join(run.prompts).encode(), 9)),
             "evaluations": points,

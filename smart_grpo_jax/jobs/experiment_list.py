@@ -22,7 +22,7 @@ from smart_grpo_jax.core.config import Config, searched_steps
 from smart_grpo_jax.core.errors import UserError, nearest
 from smart_grpo_jax.core.experiments import Experiment
 from smart_grpo_jax.hub import abstract
-from smart_grpo_jax.jobs import assemble, compare_runs, traced
+from smart_grpo_jax.jobs import assemble, compare_runs, compare_settings, traced
 from smart_grpo_jax.maths import window
 from smart_grpo_jax.policy import cost
 from smart_grpo_jax.runtime import metrics
@@ -112,7 +112,7 @@ def lines(
 
 def identity(config: Config, audit: bool = False) -> str:
     """Twelve letters that name what a run computes, whatever its seed."""
-    what = {"audit": audit, **compare_runs.settings(configs.to_dict(config))}
+    what = {"audit": audit, **compare_settings.changed(configs.to_dict(config))}
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
 

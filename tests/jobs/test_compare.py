@@ -10,7 +10,7 @@ import pytest
 from smart_grpo_jax import main as entry
 from smart_grpo_jax.core import config as configs
 from smart_grpo_jax.core.errors import UserError
-from smart_grpo_jax.jobs import compare, compare_page, compare_reference, compare_runs
+from smart_grpo_jax.jobs import compare, compare_page, compare_reference, compare_runs, compare_settings
 from tests.jobs.made_runs import arm, made
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -189,6 +189,20 @@ def test_the_name_of_an_arm_is_the_folder_without_the_seed(path, name, tmp_path)
     assert compare_runs.arm_name(tmp_path / path) == name
 
 
+def test_settings_that_are_told_are_those_that_are_not_the_defaults():
+    plain = configs.to_dict(configs.from_dict(configs.default()))
+    assert compare_settings.changed(plain) == {} == compare_settings.changed({})
+    other = json.loads(json.dumps(plain))
+    other["search"]["candidates"], other["seed"] = 7, 3
+    other["rewards"] = {"shapes_aesthetic": 2.0}
+    found = {"search.candidates": 7, "rewards.shapes": None, "rewards.shapes_aesthetic": 2.0}
+    assert compare_settings.changed(other) == found
+    assert compare_settings.changed(dict(other, rewards={"shapes": 1.0, "shapes_aesthetic": 2.0})) != found
+    for config in (plain, other, dict(plain, rewards={"shapes": 1.0, "compressibility": 0.5})):
+        nested = compare_runs._nested(compare_settings.stored(config))
+        assert compare_settings.filled(nested) == compare_settings.filled(config)
+
+
 def test_a_run_of_the_same_law_is_inside_the_expected_band_and_another_is_not(tmp_path, capsys):
     arm(tmp_path, "shipped", gain=0.15, spread=0.02)
     file = tmp_path / "expected" / "shipped.json"
@@ -211,7 +225,7 @@ def test_the_shipped_bands_are_of_the_shipped_configs():
     for path in (ROOT / "configs" / "expected").glob("*.json"):
         config = configs.to_dict(configs.from_dict(entry.run_file(str(ROOT / "configs" / f"{path.stem}.py"))))
         stored = json.loads(path.read_text())["settings"]
-        assert stored == json.loads(json.dumps(compare_runs.settings(config))), f"{path.name} is stale"
+        assert stored == json.loads(json.dumps(compare_settings.changed(config))), f"{path.name} is stale"
 
 
 def test_a_band_needs_seeds_and_is_never_narrower_than_rounding(tmp_path):
