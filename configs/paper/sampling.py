@@ -12,6 +12,7 @@ from smart_grpo_jax.core.experiments import Arm, Experiment
 
 SIZES = [(k, n) for n in (1, 2, 3, 5) for k in (3, 5, 8, 10, 25) if k * n <= 50 and (k != 8 or n == 1)]
 FULL = {"search.rounds": 5, "search.candidates": 5}
+PAIRS = {"search.antithetic": True}
 BEST = {"search.rounds": 1, "search.returns": "best"}
 
 
@@ -46,6 +47,14 @@ EXPERIMENT = Experiment(
             for name, steps in (("step_1", [1]), ("steps_1_2", [1, 2]))
             for k in (8, 25)
         },
+        **{
+            f"early_{k}x1_pairs": Arm(
+                ways.EARLY | ways.EVALUATED | BEST | PAIRS | {"search.candidates": k}, longer=0
+            )
+            for k in (2, 4, 8)
+        },
+        "early_2x1": Arm(ways.EARLY | ways.EVALUATED | BEST | {"search.candidates": 2}, longer=0),
+        "early_4x1": Arm(ways.EARLY | ways.EVALUATED | BEST | {"search.candidates": 4}, longer=0),
         "late_5x5": Arm(ways.PUBLISHED | ways.EVALUATED, longer=0),
         "all_5x5": Arm(ways.PUBLISHED | ways.EVALUATED | {"search.steps": "all"}, longer=0),
         "random_5x5": Arm(

@@ -112,6 +112,7 @@ class Search:
     )
     sigma_floor: float = option(0.0, "least std of the search law", low=0, high=1)
     smoothing: float = option(1.0, "weight of the new mean and std (1: paper)", above=0, high=1)
+    antithetic: bool = option(False, "candidates in pairs of opposite noise")
     steps: str | tuple[int, ...] = option(
         "late",
         "searched steps: late, early, all, none, a list of indices, a..b (those that begin at a < t ≤ b, or "

@@ -57,6 +57,7 @@ def search_settings(config: Config) -> search.Settings:
         noise_norm=s.noise_norm,
         sigma_floor=floor,
         smoothing=s.smoothing,
+        antithetic=s.antithetic,
         keep_candidates=s.credit == "local" and searched_steps(config),
     )
 

@@ -33,7 +33,7 @@ NOISE_NORMS = {"none": False, "rms": True}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to search. The first five fix shapes or the program; the others are data, so that one compiled
+    """How to search. The first six fix shapes or the program; the others are data, so that one compiled
     program serves every variant. Build it from names with `settings`."""
 
     rounds: int = dataclasses.field(metadata={"static": True})
@@ -41,6 +41,7 @@ class Settings:
     elite: int = dataclasses.field(metadata={"static": True})
     keep_candidates: bool = dataclasses.field(metadata={"static": True})
     unbiased: bool = dataclasses.field(metadata={"static": True})
+    antithetic: bool = dataclasses.field(metadata={"static": True})
     returns: ArrayLike
     greedy: ArrayLike
     rms: ArrayLike
@@ -70,12 +71,14 @@ def settings(
     *,
     keep_candidates: bool = False,
     unbiased: bool = False,
+    antithetic: bool = False,
 ) -> Settings:
     """Settings from names; the defaults are the paper's.
 
     `elite` is the fraction P of the candidates that is kept, `unbiased` divides their variance by T - 1.
     `smoothing` is the share of the elite in the new mu and sigma (1: all). `noise_norm` "rms" scales the
-    returned noise to RMS 1, which the mean of an elite lacks. `sigma_floor` and `select` "random": `refit`.
+    returned noise to RMS 1, which the mean of an elite lacks. `sigma_floor` and `select` "random": `refit`;
+    `antithetic`: `pairs`.
     """
     count = elite_count(candidates, elite)
     if rounds < 1:
@@ -91,6 +94,7 @@ def settings(
         raise ValueError(f"search elite: got one elite in {rounds} rounds, want two, or sigma_floor > 0")
     return Settings(
         rounds=rounds, candidates=candidates, elite=count, keep_candidates=keep_candidates, unbiased=unbiased,
+        antithetic=antithetic,
         returns=np.int32(choose({name: i for i, name in enumerate(RETURNS)}, returns, "search returns")),
         greedy=np.bool_(choose(SELECTS, select, "search select")),
         rms=np.bool_(choose(NOISE_NORMS, noise_norm, "search noise_norm")),
@@ -120,6 +124,14 @@ def propose(
 ) -> Float[Array, "*k_and_shape"]:
     """m = mu + sigma n, for one n or a stack of them."""
     return mu + sigma * n
+
+
+def pairs(n: Float[Array, "k *shape"]) -> Float[Array, "k *shape"]:
+    """n_1, -n_1, n_2, -n_2 …: every one is still N(0, I), and two that point apart are seldom both bad. The
+    better of a pair gains E|z| = 0.80 std of a linear reward, the better of two draws 0.56."""
+    k = jnp.arange(n.shape[0])
+    sign = (1 - 2 * (k % 2)).reshape(-1, *([1] * (n.ndim - 1)))
+    return sign.astype(n.dtype) * n[k // 2]
 
 
 def refit(
@@ -205,7 +217,8 @@ def _candidates(
 ) -> tuple[Float[Array, "k *shape"], Float[Array, " k"]]:
     """The candidates of one round of one sample, and the lots of a random selection."""
     noise_key, select_key = jax.random.split(jax.random.fold_in(key, index))
-    m = propose(*law, jax.random.normal(noise_key, (settings.candidates, *shape)))
+    n = jax.random.normal(noise_key, (settings.candidates, *shape))
+    m = propose(*law, pairs(n) if settings.antithetic else n)
     return m, jax.random.uniform(select_key, (settings.candidates,), jnp.float32)
 
 

@@ -304,6 +304,24 @@ def test_gain_of_the_search_for_a_linear_reward():
     assert gain(select="random") == pytest.approx(0, abs=0.07)
 
 
+def test_pairs_point_apart_and_the_better_of_two_gains_more():
+    """E max(z, -z) = sqrt(2 / pi) = .80 against E max(z1, z2) = 1 / sqrt(pi) = .56; of more than a pair, too."""
+    found = run(search.settings(rounds=1, candidates=5, antithetic=True, keep_candidates=True))
+    n = found.candidates[0]
+    np.testing.assert_array_equal(n[0], -n[1])
+    np.testing.assert_array_equal(n[2], -n[3])
+    assert not np.allclose(n[0], n[2]) and not np.allclose(abs(n[4]), abs(n[2]))
+    gain = lambda **o: float(
+        many(search.settings(rounds=1, elite=1.0, returns="best", **o), RUNS, linear).best_reward.mean()
+    )
+    assert gain(candidates=2, antithetic=True) == pytest.approx(np.sqrt(2 / np.pi), abs=0.05)
+    assert gain(candidates=2) == pytest.approx(1 / np.sqrt(np.pi), abs=0.06)
+    assert gain(candidates=4, antithetic=True) > gain(candidates=4) + 0.02
+    assert moments(
+        many(search.settings(antithetic=True, select="random", sigma_floor=1.0), RUNS, linear).noise
+    )[1] == pytest.approx(1, abs=0.02)
+
+
 def test_search_finds_the_target_of_the_exact_test_bed():
     """On the closed-form velocity the mean of the greedy search beats the plain step's reward."""
     score = lambda m: reward("transition", m)
