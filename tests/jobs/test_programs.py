@@ -1,11 +1,13 @@
 """Programs that runs share: equal ones do, and what they compute does not depend on who made them."""
 
+import pytest
 import tiny_run
 
-from smart_grpo_jax.jobs import programs
+from smart_grpo_jax import main as entry
+from smart_grpo_jax.jobs import assemble, programs
 from smart_grpo_jax.runtime.metrics import read
 
-SHORT = ("train.epochs=2", "eval.every=0")
+SHORT = ("train.epochs=1", "eval.every=0", "eval.prompts=6")
 NUMBERS = (
     *("seed=5", "train.learning_rate=0.002", "train.half_life=3.0", "train.weight_decay=0.01"),
     *("train.ema.decay=0.5", "train.warmup=1", "train.clip=0.01", "sampler.noise_level=0.6"),
@@ -26,8 +28,17 @@ def test_a_run_computes_the_same_with_its_own_programs_and_with_those_of_another
     second = trained(tmp_path / "second", *NUMBERS)
     assert len(programs._made) == 1
     assert second == alone and first["update/grad_norm"] != alone["update/grad_norm"]
-    other = trained(tmp_path / "other", *NUMBERS, "train.loss=nft", "train.clip=0.0")
-    assert len(programs._made) == 2 and other != alone
+
+
+@pytest.mark.parametrize(
+    "change", ["train.loss=nft", "search.rounds=2", "sampler.guidance=3.0", "rewards.shapes=2.0"]
+)
+def test_what_a_program_is_made_of_asks_for_another(change, tmp_path):
+    keys = []
+    for overrides in ((), NUMBERS, (change,)):
+        flags = entry.parse(tiny_run.command(tmp_path / "run", *overrides), entry.MODES)
+        keys.append(programs.same(assemble.assemble(entry.load_config(flags))))
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_the_oldest_programs_go_first(monkeypatch):
