@@ -112,9 +112,7 @@ def work(run: Run, price: Mapping[str, float], masks: credit.Masks) -> dict[str,
 class Speed:
     """Where time and work went since the last line."""
 
-    def __init__(
-        self, run: Run, trainable: PyTree, priced: Callable[..., Mapping[str, float]] = prices
-    ) -> None:
+    def __init__(self, run: Run, trainable: PyTree, priced: Callable[..., Mapping[str, float]]) -> None:
         self._run = run
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), trainable)
         pool = ThreadPoolExecutor(1, "prices")  # while the first programs compile

@@ -30,10 +30,10 @@ def clock(monkeypatch):
 
 def timed(monkeypatch, kind="cpu", devices=2):
     """A `Speed` whose prices are known."""
-    monkeypatch.setattr(speed, "prices", lambda run, shapes: PRICE)
     monkeypatch.setattr(speed, "work", lambda run, price, masks: WORK)
     device = SimpleNamespace(device_kind=kind)
-    return speed.Speed(SimpleNamespace(mesh=SimpleNamespace(size=devices, devices=np.array([device]))), {})
+    run = SimpleNamespace(mesh=SimpleNamespace(size=devices, devices=np.array([device])))
+    return speed.Speed(run, {}, lambda run, shapes: PRICE)
 
 
 def an_epoch(clock, meter):
