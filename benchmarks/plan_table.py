@@ -3,7 +3,8 @@
 Plans the published models, 512 px, LoRA, ImageReward and Aesthetic in the graph, embeddings cached, on slices
 that are sold, with Flow-GRPO and with Smart-GRPO; mesh and microbatches are left to the plan. Needs libtpu.
 A cell takes minutes: answers of the compiler are kept in --folder, a broken-off table goes on where it was,
-and docs/tpu.md always shows the cells that are done. Nothing new is begun after --minutes.
+and docs/tpu.md always shows the cells that are done; a row that the folder holds no answer for stays as it
+was, so that several machines can share the table. Nothing new is begun after --minutes.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = all(any(word in cell for word in words) for words in kinds(arguments.only))
         if chosen and time.monotonic() - started < 60 * arguments.minutes:
             plan_cell(folder, *cell)
-    done = cells(folder)
-    write(Path(arguments.page), table(done))
+    done, page = cells(folder), Path(arguments.page)
+    write(page, table(done, between(page)))
     return 0 if done else 1
 
 
@@ -93,11 +94,14 @@ def cells(folder: Path) -> list[tuple[str, str, str, Mapping[str, Any]]]:
     return [(*cell, json.loads(file.read_text())) for cell, file in files if file.is_file()]
 
 
-def table(done: Sequence[tuple[str, str, str, Mapping[str, Any]]]) -> str:
-    """The cells as Markdown."""
+def table(done: Sequence[tuple[str, str, str, Mapping[str, Any]]], before: str = "") -> str:
+    """The cells as Markdown, in order, and the rows of the table `before` that are not among them."""
+    rows = {tuple(line.strip("| ").split(" | ")[:3]): line for line in before.splitlines()}
+    made = [row(*one) for one in done]
+    rows |= {tuple(cells[:3]): "| " + " | ".join(cells) + " |" for cells in made}
+    order = itertools.product(MODELS.values(), METHODS.values(), SLICES)
     lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
-    lines += ["| " + " | ".join(row(*one)) + " |" for one in done]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(rows[cell] for cell in order if cell in rows)])
 
 
 def row(model: str, method: str, name: str, found: Mapping[str, Any]) -> list[str]:
@@ -120,13 +124,19 @@ def row(model: str, method: str, name: str, found: Mapping[str, Any]) -> list[st
     ]
 
 
-def write(page: Path, made: str, begin: str = BEGIN, end: str = END) -> None:
-    """Put a table between the markers of a page."""
+def between(page: Path, begin: str = BEGIN, end: str = END) -> str:
+    """What stands between the markers of a page."""
     text = page.read_text(encoding="utf-8")
     if text.count(begin) != 1 or text.count(end) != 1:
         raise SystemExit(f"{page}: wanted the lines {begin} and {end} once each")
-    head, rest = text.split(begin)
-    page.write_text(f"{head}{begin}\n{made}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+    return text.split(begin)[1].split(end)[0]
+
+
+def write(page: Path, made: str, begin: str = BEGIN, end: str = END) -> None:
+    """Put a table between the markers of a page."""
+    old = between(page, begin, end)
+    text = page.read_text(encoding="utf-8")
+    page.write_text(text.replace(f"{begin}{old}{end}", f"{begin}\n{made}\n{end}"), encoding="utf-8")
 
 
 if __name__ == "__main__":

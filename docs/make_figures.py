@@ -100,9 +100,7 @@ def filled(docs: Path, asked: str, figures: dict[Path, str]) -> str:
 @functools.lru_cache(maxsize=32)
 def arms(path: Path) -> list[Arm]:
     """The runs of a results file."""
-    if not path.is_file():
-        raise UserError(f"made: no file {path}")
-    return compare_runs.load([str(path)])
+    return compare_runs.load([str(there(path))])
 
 
 @functools.lru_cache(maxsize=64)
@@ -141,8 +139,7 @@ def table(docs: Path, name: str, figures: dict[Path, str], against: str, axis: s
     found = result(docs / "results" / name, against)
     scores = [one(found["scores"], name=score) for score in names] or found["scores"]
     head = ["arm", "seeds", "epochs", "cost", *(s["label"] for s in scores)]
-    head += [f"{s['label']}, difference" for s in scores]
-    lines = [head, ["---"] * len(head)]
+    lines = [[*head, *(f"{s['label']}, difference" for s in scores)]]
     for arm in found["arms"]:
         seeds = str(len(arm["seeds"])) if arm["trained"] else "not trained"
         cells = [arm["name"], seeds, str(arm["epochs"]), f"{arm['cost']:,.0f}"]
@@ -152,7 +149,7 @@ def table(docs: Path, name: str, figures: dict[Path, str], against: str, axis: s
             rows = [r for r in found["comparisons"] if all(r[k] == v for k, v in at.items())]
             cells.append(compare.interval(rows[0]) if rows else "")
         lines.append(cells)
-    return "\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+    return markdown(lines)
 
 
 def figure(docs: Path, name: str, figures: dict[Path, str], score: str, axis: str) -> str:
@@ -174,7 +171,6 @@ def paid(docs: Path, name: str, figures: dict[Path, str], against: str, full: st
     networks = {arm.name: arm.runs[0].picture["velocity"] for arm in arms(docs / "results" / name)}
     head = ["arm", "cost of a picture", "network calls", *labels, f"{labels[0]}, difference"]
     lines = [[*head, f"of the gain of {full}"]]
-    lines.append(["---"] * len(lines[0]))
     for arm in sorted(found["arms"], key=lambda arm: arm["picture"]):
         cells = [arm["name"], f"{arm['picture']:,.0f}", f"{networks[arm['name']]:,}"]
         cells += [f"{arm['scores'][score]:.3f}" for score in names]
@@ -182,7 +178,7 @@ def paid(docs: Path, name: str, figures: dict[Path, str], against: str, full: st
             gain = at(arm["name"], names[0])
             cells += [compare.interval(gain), f"{gain['difference'] / whole:.0%}"]
         lines.append(cells + [""] * (len(lines[0]) - len(cells)))
-    return "\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+    return markdown(lines)
 
 
 def bought(docs: Path, name: str, figures: dict[Path, str], score: str, *families: str) -> str:
@@ -209,16 +205,27 @@ def bought(docs: Path, name: str, figures: dict[Path, str], score: str, *familie
 
 def audit(docs: Path, name: str, figures: dict[Path, str]) -> str:
     """Fidelity of the decode and gain of the finished image, step by step."""
-    path = docs / "results" / name
-    if not path.is_file():
-        raise UserError(f"made: no file {path}")
+    path = there(docs / "results" / name)
     found = audit_report.from_json(json.loads(path.read_text(encoding="utf-8")))
     places = audit_report.digits(found.group_std)
-    lines = [["step", "t", "fidelity", "gain of the finished image"], ["---"] * 4]
+    lines = [["step", "t", "fidelity", "gain of the finished image"]]
     for step in found.steps:
         words = [step.fidelity.words(2), step.gain.words(places)]
         lines.append([str(step.step), f"{step.t:.3f}", *words])
-    return "\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+    return markdown(lines)
+
+
+def there(path: Path) -> Path:
+    """The path of a file that exists."""
+    if not path.is_file():
+        raise UserError(f"made: no file {path}")
+    return path
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table; the first line is its head."""
+    rows = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in rows) + "\n"
 
 
 def one(rows: Sequence[Mapping[str, Any]], **wanted: Any) -> Mapping[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from smart_grpo_jax.core import config as configs
 from smart_grpo_jax.core import resumable, schema
+from smart_grpo_jax.core.config import Config
 
 NOT_COMPARED = ("seed", "search.chunk", "model.attention")
 """Fields in which runs of one arm may differ: the seed, and what a machine needs and only rounding sees."""
@@ -16,7 +16,7 @@ def filled(config: Mapping[str, Any]) -> dict[str, Any]:
     """All fields, the defaults filled in. A table of rewards is the run's own or, where it has none, the
     default one: never both together."""
     own = lambda name: name.split(".")[0] in resumable.TABLES and name.split(".")[0] in config
-    defaults = {k: v for k, v in schema.flatten(configs.to_dict(configs.Config())) if not own(k)}
+    defaults = {k: v for k, v in schema.flatten(schema.to_dict(Config())) if not own(k)}
     return defaults | dict(schema.flatten(config))
 
 
@@ -37,7 +37,7 @@ def changed(config: Mapping[str, Any]) -> dict[str, Any]:
 def stored(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields from which `filled` makes the same again: those that are not the defaults, and the whole of
     a table in which anything is not."""
-    plain = schema.to_dict(configs.Config())
+    plain = schema.to_dict(Config())
     tables = {name for name in resumable.TABLES if name in config and config[name] != plain[name]}
     defaults = dict(schema.flatten(plain))
     keep = lambda name, value: name not in defaults or defaults[name] != value or name.split(".")[0] in tables

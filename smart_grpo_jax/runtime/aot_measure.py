@@ -43,19 +43,24 @@ def measure(
     module = hlo.parse(made.pop("text"))
     share = 1.0 if often is None else often
     traffic = hlo.collectives(module, dict(mesh.shape), share)
+    never = (
+        {}
+        if often is None
+        else {"never": moving(module, hlo.collectives(module, dict(mesh.shape), 0.0), 0.0)}
+    )
     return {
         **made,
-        **moving(module, mesh, share),
-        **({} if often is None else {"never": moving(module, mesh, 0.0)}),
+        **moving(module, traffic, share),
+        **never,
         "collectives": [one._asdict() for one in traffic[:8]],
         "buffers": [one._asdict() for one in hlo.buffers(module, 8)],
     }
 
 
-def moving(module: hlo.Module, mesh: Mesh, often: float) -> dict[str, Any]:
+def moving(module: hlo.Module, traffic: Sequence[hlo.Collective], often: float) -> dict[str, Any]:
     """Bytes that a device sends, by axes, and moves between its memory and its units."""
     by_axis: dict[str, float] = {}
-    for one in hlo.collectives(module, dict(mesh.shape), often):
+    for one in traffic:
         axes = "+".join(one.axes)
         by_axis[axes] = by_axis.get(axes, 0.0) + one.sent
     return {"sent_bytes": by_axis, "memory_bytes": hlo_memory.moved(module, often)}

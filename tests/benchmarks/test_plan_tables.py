@@ -40,6 +40,10 @@ def test_the_table_holds_the_cells_that_are_done_and_goes_on(tmp_path, monkeypat
     monkeypatch.setattr(plan, "asker", lambda exact, out: ask)
     monkeypatch.setattr(plan, "compiled_for", lambda topology: True)
     path = page(tmp_path, plan_table.BEGIN, plan_table.END)
+    elsewhere = "| FLUX.1-dev | Flow-GRPO | v5p-8 | 4 | of another machine |"
+    path.write_text(
+        path.read_text().replace("old", f"| old |\n{elsewhere}\n| SD3.5-M | Flow-GRPO | v5e-16 | old |")
+    )
     shared = [f"--folder={tmp_path / 'cells'}", f"--page={path}"]
     assert plan_table.main([*shared, "--only=sd35_medium", "--only=flow_grpo", "--only=v5e-16"]) == 0
     assert plan_table.main([*shared, "--only=sd35_medium", "--only=smart_grpo", "--only=v5e-16"]) == 0
@@ -48,6 +52,7 @@ def test_the_table_holds_the_cells_that_are_done_and_goes_on(tmp_path, monkeypat
     assert [row.split(" | ")[1:5] for row in rows] == [
         ["Flow-GRPO", "v5e-16", "16", "yes"], ["Smart-GRPO", "v5e-16", "16", "yes"],
     ]  # fmt: skip
+    assert text.splitlines()[-3] == elsewhere
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     first, last = seen[0][0], seen[-1][0]
     assert (

@@ -14,7 +14,7 @@ import traceback
 
 from jax._src import xla_bridge
 
-from smart_grpo_jax import main
+from smart_grpo_jax import main, worker
 from smart_grpo_jax.jobs import check, report, train  # noqa: F401
 from smart_grpo_jax.runtime import compile_cache, distributed, progress, watchdog  # noqa: F401
 
@@ -44,9 +44,7 @@ def stop_at(name, step):
 
 
 def child(job):
-    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    worker.redirect(job["log"])
     if job["stop"]:
         stop_at(*job["stop"])
     try:

@@ -30,15 +30,25 @@ def test_a_run_computes_the_same_with_its_own_programs_and_with_those_of_another
     assert second == alone and first["update/grad_norm"] != alone["update/grad_norm"]
 
 
+def key(folder, *overrides):
+    flags = entry.parse(tiny_run.command(folder / "run", *overrides), entry.MODES)
+    return programs.same(assemble.assemble(entry.load_config(flags)))
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory):
+    """The key of the plain run and of one that differs in numbers alone."""
+    folder = tmp_path_factory.mktemp("keys")
+    plain = key(folder)
+    assert plain == key(folder, *NUMBERS)
+    return plain
+
+
 @pytest.mark.parametrize(
     "change", ["train.loss=nft", "search.rounds=2", "sampler.guidance=3.0", "rewards.shapes=2.0"]
 )
-def test_what_a_program_is_made_of_asks_for_another(change, tmp_path):
-    keys = []
-    for overrides in ((), NUMBERS, (change,)):
-        flags = entry.parse(tiny_run.command(tmp_path / "run", *overrides), entry.MODES)
-        keys.append(programs.same(assemble.assemble(entry.load_config(flags))))
-    assert keys[0] == keys[1] != keys[2]
+def test_what_a_program_is_made_of_asks_for_another(change, numbers, tmp_path):
+    assert numbers != key(tmp_path, change)
 
 
 def test_the_oldest_programs_go_first(monkeypatch):
