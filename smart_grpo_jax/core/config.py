@@ -112,6 +112,11 @@ class Search:
     )
     sigma_floor: float = option(0.0, "least std of the search law", low=0, high=1)
     smoothing: float = option(1.0, "weight of the new mean and std (1: paper)", above=0, high=1)
+    lookahead: int = option(
+        1,
+        "network calls that forecast a candidate's image: 1 is the one-step decode, more are Euler steps",
+        low=1,
+    )
     antithetic: bool = option(False, "candidates in pairs of opposite noise")
     steps: str | tuple[int, ...] = option(
         "late",

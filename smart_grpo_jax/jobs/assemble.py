@@ -297,6 +297,7 @@ def rollout_shape(config: Config, pipe: hub.Pipeline, times: np.ndarray) -> roll
         log_prob=config.train.log_prob,
         space=s.space,
         searched_members=round(s.members * config.prompts.members),
+        lookahead=s.lookahead,
         chunk=s.chunk,
         one_step_rewards=s.credit == "difference",
         decode_chunk=config.memory.decode,

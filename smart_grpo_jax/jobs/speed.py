@@ -97,12 +97,13 @@ def velocities(run: Run) -> tuple[VelocityFn, VelocityFn, VelocityFn]:
 def work(run: Run, price: Mapping[str, float], masks: credit.Masks) -> dict[str, float]:
     """FLOPs of an epoch by part: each function's price times the images that it sees."""
     seen = cost.images_seen(run.shape, run.recipe, run.config, masks)
-    candidate = sum(price.get(name, 0.0) for name in ("search velocity", "search reward")) + price["decode"]
+    judge = price["decode"] + price.get("search reward", 0.0)
+    forecast = seen["forecast"] * price.get("search velocity", 0.0)
     state = price["gradient"] + price.get("old", 0.0) + price.get("reference", 0.0)
     finished = seen["judged"] - seen["unfinished"]
     return {
         "path": seen["path"] * price["velocity"],
-        "search": seen["search"] * candidate,
+        "search": forecast + seen["search"] * judge,
         "decode": seen["judged"] * price["decode"],
         "reward": finished * price["reward"] + seen["unfinished"] * price["unfinished reward"],
         "update": seen["learned"] * state,

@@ -9,8 +9,10 @@ bfloat16 overflows in the mean. docs/algorithm.md, section 2.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 from jaxtyping import ArrayLike as Scalar  # a number, or one per batch row
@@ -132,6 +134,19 @@ LOG_PROBS = {"gaussian": log_prob, "unnormalised": log_prob_unnormalised}
 def one_step(x: Float[Array, "*x"], v: Float[Array, "*x"], t: Scalar) -> Float[Array, "*x"]:
     """The clean image that the velocity points at: x0_hat = x - t v."""
     return x - _rows(jnp.asarray(t), x) * v
+
+
+def forecast(
+    velocity: Callable[[Array, Scalar], Array], x: Float[Array, "*x"], t: Scalar, calls: int = 1
+) -> Float[Array, "*x"]:
+    """The clean image that `calls` Euler steps of equal length lead to from t; one of them is `one_step`."""
+    if calls == 1:  # a loop of one turn would cost the compiler's fusions
+        return one_step(x, velocity(x, t), t)
+
+    def step(x: Array, i: Array) -> tuple[Array, None]:
+        return one_step(x, velocity(x, t * (1 - i / calls)), t / calls), None
+
+    return jax.lax.scan(step, x, jnp.arange(calls))[0]
 
 
 def guide(v_neg: Float[Array, "*x"], v_pos: Float[Array, "*x"], scale: Scalar) -> Float[Array, "*x"]:

@@ -26,16 +26,19 @@ def calls(guidance: float) -> int:
 
 
 def images_seen(shape: Shape, recipe: Recipe, config: Config, masks: Masks) -> dict[str, int]:
-    """Images that pass through each part of an epoch: `path` through the executed steps, `search` as
-    candidates, `judged` through decoder and reward outside the search (`unfinished` of them before their last
-    step, which a reward may be told), `learned` through a gradient."""
+    """Images that pass through each part of an epoch: `path` through the executed steps, `forecast` and
+    `search` as candidates through the network and the judges, `judged` through decoder and reward outside the
+    search (`unfinished` of them before their last step, which a reward may be told), `learned` through a
+    gradient."""
     groups, searched = int(np.sum(np.asarray(masks.real))), int(np.sum(np.asarray(masks.searched)))
     images, few = groups * shape.members, groups * shape.searched_members
     early = shape.stop < shape.steps or shape.one_step_rewards
     states = len(masks.trained) if recipe.loss in LIKELIHOOD else 1
+    tried = few * searched * config.search.rounds * config.search.candidates
     return {
         "path": images * (shape.stop + early),
-        "search": few * searched * config.search.rounds * config.search.candidates,
+        "forecast": tried * shape.lookahead,
+        "search": tried,
         "judged": images * (1 + shape.stop * shape.one_step_rewards),
         "unfinished": images * (shape.stop * shape.one_step_rewards + (shape.stop < shape.steps)),
         "learned": images * states * recipe.passes,
@@ -53,7 +56,7 @@ def sampling(
     tried = groups * shape.searched_members * searched * config.search.rounds * config.search.candidates
     judged = images * (1 + shape.stop * shape.one_step_rewards)
     return {
-        "velocity": images * (shape.stop + early) * guided + tried * inside,
+        "velocity": images * (shape.stop + early) * guided + tried * shape.lookahead * inside,
         "backward": 0,
         "decode": judged + tried,
         "reward": judged + tried,

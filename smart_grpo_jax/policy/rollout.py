@@ -49,6 +49,7 @@ class Shape:
     log_prob: str = "gaussian"
     space: str = "transition"
     searched_members: int = 0
+    lookahead: int = 1
     chunk: int = 0
     one_step_rewards: bool = False
     decode_chunk: int = 0
@@ -222,7 +223,7 @@ def _search_states(
     j: Array,
     states: tuple[Array, ...],
 ) -> tuple[Array, Found]:
-    """Algorithm 1 at n states: candidates are perturbed, decoded in one step, scored, refit.
+    """Algorithm 1 at n states: candidates are perturbed, decoded in one step or few, scored, refit.
 
     The networks see the k candidates of all states as one batch [n k].
     """
@@ -236,8 +237,8 @@ def _search_states(
 
     def score(m: Array) -> tuple[Array, Array]:
         z = flat(origin[:, None] + std[:, None] * m)
-        v = fns.search_velocity(params["policy"], z, jnp.full(z.shape[0], level), cond)
-        latents = transition.one_step(z, v, level)
+        velocity = lambda z, t: fns.search_velocity(params["policy"], z, jnp.full(z.shape[0], t), cond)
+        latents = transition.forecast(velocity, z, level, shape.lookahead)
         asked = params.get("search_reward", params["reward"])
         # Decode and judge a piece: the pictures of all candidates never lie there at once.
         judge = lambda a: fns.search_score(asked, fns.decode(params["decoder"], a[0]), a[1], level)

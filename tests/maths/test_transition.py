@@ -285,6 +285,19 @@ def test_one_step_and_guidance():
     np.testing.assert_allclose(transition.guide(x0, x1, 4.5), x0 + 4.5 * (x1 - x0))
 
 
+def test_a_forecast_of_n_calls_is_n_steps_of_the_ode():
+    """Also from a time that is traced, which the search has; of one call it is the one-step decode."""
+    x, _ = random_state()
+    field = lambda x, t: jnp.sin(x) * (1 + t)
+    run = jax.jit(transition.forecast, static_argnums=(0, 3))
+    np.testing.assert_allclose(run(field, x, 0.6, 1), x - 0.6 * field(x, 0.6), rtol=1e-6, atol=1e-6)
+    by_hand = x
+    for t in (0.6, 0.4, 0.2):
+        by_hand = by_hand - 0.2 * field(by_hand, t)
+    np.testing.assert_allclose(run(field, x, 0.6, 3), by_hand, rtol=1e-5, atol=1e-6)  # float32 times
+    np.testing.assert_array_equal(run(field, x, 0.0, 3), x)
+
+
 def test_an_unknown_kind_names_the_nearest():
     x, v = random_state()
     with pytest.raises(ValueError, match="transition: got 'flaw', try \"flow\""):

@@ -65,9 +65,9 @@ def test_sums_by_name():
 def test_images_seen_times_calls_are_the_calls_of_an_epoch():
     """Two views of one epoch: images through each part, and network calls."""
     masks, settings = toy.masks(searched=[1, 2]), config()
-    for shape in (toy.shape(), toy.shape(one_step_rewards=True)):
+    for shape in (toy.shape(), toy.shape(one_step_rewards=True), toy.shape(lookahead=3)):
         seen = cost.images_seen(shape, toy.recipe(), settings, masks)
         told = cost.epoch(shape, toy.recipe(), settings, masks)
-        assert (seen["path"] + seen["search"] + seen["learned"]) * 2 == told["velocity"]
+        assert (seen["path"] + seen["forecast"] + seen["learned"]) * 2 == told["velocity"]
         assert seen["judged"] + seen["search"] == told["reward"] and seen["learned"] * 2 == told["backward"]
         assert seen["unfinished"] == seen["judged"] - told["images"]
