@@ -137,16 +137,21 @@ def one_step(x: Float[Array, "*x"], v: Float[Array, "*x"], t: Scalar) -> Float[A
 
 
 def forecast(
-    velocity: Callable[[Array, Scalar], Array], x: Float[Array, "*x"], t: Scalar, calls: int = 1
+    velocity: Callable[[Array, Scalar], Array],
+    x: Float[Array, "*x"],
+    v: Float[Array, "*x"],
+    t: Scalar,
+    calls: int = 1,
 ) -> Float[Array, "*x"]:
-    """The clean image that `calls` Euler steps of equal length lead to from t; one of them is `one_step`."""
-    if calls == 1:  # a loop of one turn would cost the compiler's fusions
-        return one_step(x, velocity(x, t), t)
+    """The clean image that `calls` Euler steps of equal length lead to from t, the first of them along v, the
+    velocity at x; one of them is `one_step`."""
+    if calls == 1:
+        return one_step(x, v, t)
 
     def step(x: Array, i: Array) -> tuple[Array, None]:
         return one_step(x, velocity(x, t * (1 - i / calls)), t / calls), None
 
-    return jax.lax.scan(step, x, jnp.arange(calls))[0]
+    return jax.lax.scan(step, one_step(x, v, t / calls), jnp.arange(1, calls))[0]
 
 
 def guide(v_neg: Float[Array, "*x"], v_pos: Float[Array, "*x"], scale: Scalar) -> Float[Array, "*x"]:

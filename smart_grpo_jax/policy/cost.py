@@ -25,6 +25,13 @@ def calls(guidance: float) -> int:
     return 1 if guidance <= 1 else 2
 
 
+def on_path(shape: Shape) -> int:
+    """Velocities of one image: its steps, and what forecasts before its end need beside them."""
+    early = shape.stop < shape.steps or shape.one_step_rewards
+    forecasts = shape.stop * shape.one_step_rewards + early
+    return shape.stop + early + forecasts * (shape.lookahead - 1)
+
+
 def images_seen(shape: Shape, recipe: Recipe, config: Config, masks: Masks) -> dict[str, int]:
     """Images that pass through each part of an epoch: `path` through the executed steps, `forecast` and
     `search` as candidates through the network and the judges, `judged` through decoder and reward outside the
@@ -32,11 +39,10 @@ def images_seen(shape: Shape, recipe: Recipe, config: Config, masks: Masks) -> d
     gradient."""
     groups, searched = int(np.sum(np.asarray(masks.real))), int(np.sum(np.asarray(masks.searched)))
     images, few = groups * shape.members, groups * shape.searched_members
-    early = shape.stop < shape.steps or shape.one_step_rewards
     states = len(masks.trained) if recipe.loss in LIKELIHOOD else 1
     tried = few * searched * config.search.rounds * config.search.candidates
     return {
-        "path": images * (shape.stop + early),
+        "path": images * on_path(shape),
         "forecast": tried * shape.lookahead,
         "search": tried,
         "judged": images * (1 + shape.stop * shape.one_step_rewards),
@@ -52,11 +58,10 @@ def sampling(
     guided = calls(config.sampler.guidance)
     inside = calls(config.search.guidance) if config.search.guidance >= 0 else guided
     images = groups * shape.members
-    early = shape.stop < shape.steps or shape.one_step_rewards
     tried = groups * shape.searched_members * searched * config.search.rounds * config.search.candidates
     judged = images * (1 + shape.stop * shape.one_step_rewards)
     return {
-        "velocity": images * (shape.stop + early) * guided + tried * shape.lookahead * inside,
+        "velocity": images * on_path(shape) * guided + tried * shape.lookahead * inside,
         "backward": 0,
         "decode": judged + tried,
         "reward": judged + tried,

@@ -128,7 +128,8 @@ def act(fns: Functions, shape: Shape, params: PyTree, knobs: Knobs, batch: Batch
         noise = jax.vmap(lambda key: jax.random.normal(rng.at(key, j), shape.latent))(keys)
         out: dict[str, PyTree] = {}
         if shape.one_step_rewards:
-            out["one_step"] = _judge(fns, shape, params, transition.one_step(x, v, t), ctx, t)[0]
+            x0 = _forecast(fns.velocity, shape, params, x, v, t, cond)
+            out["one_step"] = _judge(fns, shape, params, x0, ctx, t)[0]
         if shape.searched_members:
             noise, out["found"] = _search_step(fns, shape, params, knobs, batch, keys, j, x, law, noise)
         x_next = fns.constrain(transition.sample(law, noise))
@@ -155,6 +156,14 @@ def _start(shape: Shape, knobs: Knobs, batch: Batch, row: Array) -> tuple[Array,
 
 def _log_prob(kind: str, x_next: Array, law: transition.Transition) -> Array:
     return transition.LOG_PROBS[kind](x_next, law.mean, law.std)
+
+
+def _forecast(
+    velocity: VelocityFn, shape: Shape, params: PyTree, x: Array, v: Array, t: Array, cond: Conditioning
+) -> Array:
+    """The finished latent that `shape.lookahead` network calls see from x at t; the first of them gave v."""
+    ask = lambda x, t: velocity(params["policy"], x, jnp.full(x.shape[0], t), cond)
+    return transition.forecast(ask, x, v, t, shape.lookahead)
 
 
 def _judge(
@@ -237,8 +246,8 @@ def _search_states(
 
     def score(m: Array) -> tuple[Array, Array]:
         z = flat(origin[:, None] + std[:, None] * m)
-        velocity = lambda z, t: fns.search_velocity(params["policy"], z, jnp.full(z.shape[0], t), cond)
-        latents = transition.forecast(velocity, z, level, shape.lookahead)
+        v = fns.search_velocity(params["policy"], z, jnp.full(z.shape[0], level), cond)
+        latents = _forecast(fns.search_velocity, shape, params, z, v, level, cond)
         asked = params.get("search_reward", params["reward"])
         # Decode and judge a piece: the pictures of all candidates never lie there at once.
         judge = lambda a: fns.search_score(asked, fns.decode(params["decoder"], a[0]), a[1], level)
@@ -275,7 +284,7 @@ def _finish(
     if shape.stop < shape.steps or shape.one_step_rewards:
         t = knobs.times[shape.stop]
         v = fns.velocity(params["policy"], x, jnp.full(x.shape[0], t), cond)
-        x = jnp.where(t > 0, transition.one_step(x, v, t), x)
+        x = jnp.where(t > 0, _forecast(fns.velocity, shape, params, x, v, t, cond), x)
     value, ok, parts, images = _judge(fns, shape, params, x, ctx, t if shape.stop < shape.steps else None)
     one_step = jnp.concatenate([path["one_step"], value[None]]) if shape.one_step_rewards else None
     return Acted(

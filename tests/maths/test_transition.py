@@ -289,7 +289,8 @@ def test_a_forecast_of_n_calls_is_n_steps_of_the_ode():
     """Also from a time that is traced, which the search has; of one call it is the one-step decode."""
     x, _ = random_state()
     field = lambda x, t: jnp.sin(x) * (1 + t)
-    run = jax.jit(transition.forecast, static_argnums=(0, 3))
+    forecast = jax.jit(transition.forecast, static_argnums=(0, 4))
+    run = lambda field, x, t, calls: forecast(field, x, field(x, t), t, calls)
     np.testing.assert_allclose(run(field, x, 0.6, 1), x - 0.6 * field(x, 0.6), rtol=1e-6, atol=1e-6)
     by_hand = x
     for t in (0.6, 0.4, 0.2):

@@ -253,7 +253,8 @@ def test_every_call_of_the_network_and_the_decoder_is_counted():
         config, sampler=dataclasses.replace(config.sampler, guidance=1.0),
         search=dataclasses.replace(config.search, rounds=2, candidates=4),
     )  # fmt: skip
-    for changes in ({}, {"stop": 3, "one_step_rewards": True, "searched_members": 2}, {"lookahead": 3}):
+    early = {"stop": 3, "one_step_rewards": True}
+    for changes in ({}, early | {"searched_members": 2}, {"lookahead": 3}, early | {"lookahead": 3}):
         shape = toy.shape(**changes)
         seen.update(velocity=0, decode=0)
         jax.block_until_ready(toy.act(shape, toy.knobs(searched=[1, 2]), fns=fns))
