@@ -53,6 +53,12 @@ EXPERIMENT = Experiment(
             )
             for k in (2, 4, 8)
         },
+        **{
+            f"early_{k}x1_look_{n}": Arm(
+                ways.EARLY | ways.EVALUATED | BEST | {"search.candidates": k, "search.lookahead": n}, longer=0
+            )
+            for k, n in ((4, 3), (8, 2), (8, 4))
+        },
         "early_2x1": Arm(ways.EARLY | ways.EVALUATED | BEST | {"search.candidates": 2}, longer=0),
         "early_4x1": Arm(ways.EARLY | ways.EVALUATED | BEST | {"search.candidates": 4}, longer=0),
         "late_5x5": Arm(ways.PUBLISHED | ways.EVALUATED, longer=0),

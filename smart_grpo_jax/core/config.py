@@ -117,6 +117,11 @@ class Search:
         "network calls that forecast a candidate's image: 1 is the one-step decode, more are Euler steps",
         low=1,
     )
+    forecast: str = option(
+        "policy",
+        "who forecasts a candidate's image: the policy, or the model before training",
+        choices=("policy", "base"),
+    )
     antithetic: bool = option(False, "candidates in pairs of opposite noise")
     steps: str | tuple[int, ...] = option(
         "late",

@@ -212,13 +212,16 @@ def functions(
 
     def bind(frozen: PyTree, trainable: PyTree) -> PyTree:
         if config.adapter.kind == "full":
-            return {**frozen, "params": together(frozen["params"], trainable), "lora": {}}
+            learned = {**frozen, "params": together(frozen["params"], trainable), "lora": {}}
+            return learned | ({"base": frozen["params"]} if config.search.forecast == "base" else {})
         return {**frozen, "lora": trainable}
 
-    guided = pipe.guided(velocity, scale)
+    reference = lambda bound: {**bound, "params": bound.get("base", bound["params"]), "lora": {}}
+    guided, search = pipe.guided(velocity, scale), pipe.guided(velocity, in_search)
+    untrained = lambda params, *rest: search(reference(params), *rest)
     fns = rollout.Functions(
         velocity=guided,
-        search_velocity=pipe.guided(velocity, in_search),
+        search_velocity=untrained if config.search.forecast == "base" else search,
         decode=layout.laid(mesh, pipe.decode_fn()),
         score=layout.laid(mesh, judged.training.score),
         search_score=layout.laid(mesh, judged.search.score),
@@ -226,7 +229,6 @@ def functions(
         constrain=constrain,
         ways=ways,
     )
-    reference = lambda frozen: {**frozen, "lora": {}}
     return fns, update.Policy(guided, pipe.unguided(velocity, scale), bind, reference, constrain, ways)
 
 

@@ -7,6 +7,7 @@ import math
 from xml.etree import ElementTree
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -61,8 +62,30 @@ CASES = {
         "model__path": "shapes", "adapter__kind": "lora", "sampler__guidance": "3.0", "memory__rollout": "2",
     },
     "likelihood-free": {"train__loss": "nft"},
-    "local credit": {"search__credit": "local"},
+    "local credit": {"search__credit": "local", "search__forecast": "base"},
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_who_forecasts_is_the_policy_or_the_model_before_training(kind, tmp_path):
+    def forecasts(**changes):
+        """At the start and after training, of one latent."""
+        config = tiny(tmp_path, adapter__kind=kind, adapter__targets="/attn/to_q$", **changes)
+        run = assemble.assemble(config)
+        start = run.state().params
+        later = jax.tree.map(lambda a: a + 0.1, start)
+        drawn = prompt_data.epoch_groups(len(run.prompts.prompts), config.prompts.groups, config.seed, 0)
+        texts = [run.prompts.prompts[drawn[0]]]
+        batch, _ = assemble.make_batch(run, texts, 1, run.reward, range(1))
+        x, t = jnp.ones((1, *run.shape.latent)), jnp.full(1, 0.5)
+        ask = jax.jit(run.fns.search_velocity)
+        return [ask(run.rollout_params(w)["policy"], x, t, batch.cond) for w in (start, later)]
+
+    first, second = forecasts()
+    assert np.abs(first - second).max() > 1e-3
+    before, after = forecasts(search__forecast="base")
+    np.testing.assert_array_equal(before, after)
+    np.testing.assert_allclose(before, first, atol=1e-5)  # float32, other fusions
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -122,6 +122,7 @@ VARIANTS = {
         "search.space=latent", "search_reward.shapes=1",
     ),
     "local": ("search.credit=local", "search.rounds=2"),
+    "local, by the base's forecast": ("search.credit=local", "search.forecast=base", "search.lookahead=2"),
 }  # fmt: skip
 
 
