@@ -2,7 +2,7 @@
 
 For      whether candidates as credit, or a loss without a likelihood, beat Flow-GRPO at equal cost.
 Hardware shapes: 2 CPU cores, under 3 GB. sd35: the weights and state of configs/sd35_medium.py.
-Command  python -m smart_grpo_jax.main --mode=experiment --config=configs/paper/verdict.py --seed=100
+Command  python -m smart_grpo_jax.main --mode=experiment --config=configs/paper/verdict.py --seed=200
          in the other size: FILE:sd35; one line of it, trained alone: FILE:ARM or FILE:ARM,sd35
 Expect   not run yet; docs/reproducing.md will say.
 """
@@ -15,11 +15,13 @@ EXPERIMENT = Experiment(
     against="steps_2_4_double",
     seeds=5,
     arms={
-        "published": Arm(longer=0.55),
-        "steps_2_4_double": Arm(ways.window(2, 3), faster=2.0, longer=1.2),
-        "steps_1_4_double": Arm(ways.window(1, 4), faster=2.0),
-        "nft_fast": Arm(ways.NFT | ways.PLAIN_ODE, faster=2.0, longer=0.9),
-        "local_4_two": Arm(ways.local(4, [3, 4]) | {"prompts.members": 9}, faster=2.0),
+        "published": Arm(),
+        "steps_2_4_double": Arm(ways.window(2, 3), faster=2.0, longer=2.0),
+        "steps_1_4_double": Arm(ways.window(1, 4), faster=2.0, longer=5 / 3),
+        "nft_fast": Arm(ways.NFT | ways.PLAIN_ODE, faster=2.0, longer=1.5),
+        "branches": Arm(
+            ways.local(4, [3, 4]) | {"search.lookahead": 6, "prompts.members": 4}, faster=2.0, longer=2.0
+        ),
     },
 )
 
