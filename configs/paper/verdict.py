@@ -10,18 +10,19 @@ Expect   not run yet; docs/reproducing.md will say.
 from smart_grpo_jax.core import ways
 from smart_grpo_jax.core.experiments import Arm, Experiment
 
+CANDIDATES = ways.local(4, [3, 4]) | {"prompts.members": 2}
+
 EXPERIMENT = Experiment(
     question="Does anything found here beat the tuned Flow-GRPO at equal cost?",
-    against="steps_2_4_double",
+    against="windowed",
     seeds=5,
     arms={
-        "published": Arm(),
-        "steps_2_4_double": Arm(ways.window(2, 3), faster=2.0, longer=2.0),
-        "steps_1_4_double": Arm(ways.window(1, 4), faster=2.0, longer=5 / 3),
-        "nft_fast": Arm(ways.NFT | ways.PLAIN_ODE, faster=2.0, longer=1.5),
-        "branches": Arm(
-            ways.local(4, [3, 4]) | {"search.lookahead": 6, "prompts.members": 4}, faster=2.0, longer=2.0
-        ),
+        "published": Arm(longer=0.5),
+        "windowed": Arm(ways.window(2, 3) | {"prompts.groups": 6, "eval.every": 16}, longer=8 / 3),
+        "windowed_double": Arm(ways.window(2, 3), faster=2.0),
+        "nft": Arm(ways.NFT | ways.PLAIN_ODE | {"prompts.groups": 6, "eval.every": 12}, longer=2.0),
+        "look_3": Arm(CANDIDATES | {"search.lookahead": 3, "eval.every": 18}, longer=3.0),
+        "branches": Arm(CANDIDATES | {"search.lookahead": 6, "eval.every": 12}, longer=2.0),
     },
 )
 
