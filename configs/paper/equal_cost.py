@@ -20,7 +20,7 @@ EXPERIMENT = Experiment(
         "more_groups": Arm({"prompts.groups": 48}, longer=2),
         "larger_groups": Arm({"prompts.members": 48}, longer=1.5),
         "best_of_25": Arm(ways.ONE_SHOT | {"search.returns": "best"}),
-        "windowed": Arm(ways.WINDOWED, longer=10),
+        "windowed": Arm(ways.WINDOWED, faster=2.0, longer=10),
         "search_at_evaluation": Arm(ways.PUBLISHED | ways.EARLY | ways.EVALUATED, longer=0),
     },
 )

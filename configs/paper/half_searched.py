@@ -20,6 +20,7 @@ EXPERIMENT = Experiment(
         "plain_ode": Arm({"sampler.transition": "ode", "sampler.window.kind": "all"}, longer=1.5),
         "windowed_ppo": Arm(
             {"train.loss": "ppo", "train.updates_per_epoch": 2, "train.inner_epochs": 1} | ways.WINDOWED,
+            faster=2.0,
             longer=2,
         ),
         "best_of_2": Arm(ways.HALF | {"search.candidates": 2}),

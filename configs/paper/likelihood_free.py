@@ -18,7 +18,7 @@ EXPERIMENT = Experiment(
     against="windowed",
     epochs={"shapes": 48},
     arms={
-        "windowed": Arm(ways.WINDOWED),
+        "windowed": Arm(ways.WINDOWED, faster=2.0),
         "nft": Arm(ways.NFT | ways.PLAIN_ODE),
         "nft_noise": Arm(ways.NFT | ways.window(1, 2)),
         "nft_kl": Arm(ways.NFT | ways.PLAIN_ODE | KL),

@@ -20,9 +20,9 @@ EXPERIMENT = Experiment(
     arms={
         "published": Arm(),
         **{f"{name}_{rate}": Arm(w, faster=f) for name, w in WINDOWS.items() for rate, f in RATES.items()},
-        "updates_4": Arm(ways.WINDOWED | {"train.updates_per_epoch": 4}),
-        "decay": Arm(ways.WINDOWED | {"train.half_life": 8.0}, faster=4.0, sizes=("shapes",)),
-        "ema_off": Arm(ways.WINDOWED | {"train.ema.decay": 0.0}),
+        "updates_4": Arm(WINDOWS["steps_1_3"] | {"train.updates_per_epoch": 4}),
+        "decay": Arm(WINDOWS["steps_1_3"] | {"train.half_life": 8.0}, faster=4.0, sizes=("shapes",)),
+        "ema_off": Arm(WINDOWS["steps_1_3"] | {"train.ema.decay": 0.0}),
     },
 )
 
