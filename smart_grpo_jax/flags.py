@@ -55,8 +55,8 @@ SWITCHES = {
 """Flags without a value, and the mode that they belong to."""
 OF_A_MODE = {
     **SWITCHES, "profile": "train", "sweep": "plan", "topology": "plan", "json": "plan",
-    "against": "compare", "reference": "compare", "expect": "compare", "results": "compare",
-    "arms": "experiment",
+    "against": "compare", "reference": "compare", "expect": "compare",
+    "results": "compare or experiment", "arms": "experiment",
 }  # fmt: skip
 WORDY = "compare"
 """The mode whose arguments are words: run folders."""
@@ -118,7 +118,7 @@ def _check_mode(mode: str, modes: Iterable[str], switches: Sequence[str], words:
     if mode not in modes:
         raise UserError(f'--mode: got "{mode}" ({nearest(mode, modes)})')
     for switch in switches:
-        if mode != OF_A_MODE[switch]:
+        if mode not in OF_A_MODE[switch].split(" or "):
             raise UserError(f"--{switch}: got --mode={mode}, wanted --mode={OF_A_MODE[switch]}")
 
 

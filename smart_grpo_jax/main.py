@@ -42,7 +42,8 @@ modes:
   compare   RUN RUN … (folders, globs, results files): at equal epochs, cost and time, with intervals
             [--against=ARM] [--costs=FILE] [--out=DIR] [--reference=FILE] [--expect=FILE] [--results=FILE]
   experiment  --config=configs/paper/NAME.py[:sd35]: all its runs, then compare  [--arms=A,B] [--seeds=N]
-            [--seed=FIRST] [--dry-run] [--costs=FILE]
+            [--seed=FIRST] [--dry-run] [--costs=FILE] [--results=FILE]
+            (runs that FILE holds are not run again, new ones are added to it)
   doctor    what this machine has, and a self-test of a second
 Every field of the config is in docs/config.md."""
 
@@ -256,6 +257,7 @@ def _experiment(config: Config, flags: Flags, argv: Sequence[str]) -> None:
         overrides=flags.overrides,
         dry="dry-run" in flags.switches,
         costs=flags.costs,
+        results=flags.results,
     )
 
 

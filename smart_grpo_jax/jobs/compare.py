@@ -16,7 +16,7 @@ import numpy as np
 
 from smart_grpo_jax.core.errors import UserError, nearest
 from smart_grpo_jax.jobs import compare_page, compare_reference, compare_runs, compare_statistics, statistics
-from smart_grpo_jax.jobs.compare_runs import AXES, CALLS, Arm
+from smart_grpo_jax.jobs.compare_runs import AXES, CALLS, Arm, Run
 from smart_grpo_jax.runtime.files import storage, write_atomic, write_json
 from smart_grpo_jax.runtime.progress import say, table
 
@@ -29,6 +29,7 @@ COSTS = "costs.json"
 def job(
     given: Sequence[str],
     *,
+    runs: Sequence[Run] = (),
     against: str | None = None,
     costs: str | None = None,
     out: str | None = None,
@@ -36,9 +37,9 @@ def job(
     results: str | None = None,
     expect: str | None = None,
 ) -> None:
-    """Compare, print, write. `reference` asks whether the runs lie inside a stored band; `expect` stores
-    one, `results` stores the runs themselves, both as small text."""
-    arms = compare_runs.load(given)
+    """Compare the given runs and those at hand, print, write. `reference` asks whether the runs lie inside a
+    stored band; `expect` stores one, `results` stores the runs themselves, both as small text."""
+    arms = compare_runs.load(given, runs)
     if results:
         write_results(Path(results), arms)
     if expect:
@@ -49,7 +50,7 @@ def job(
             say(line)
     if len(arms) == 1 and not out and (reference or expect or results):
         return
-    price, origin = prices(costs, given)
+    price, origin = prices(costs, [*given, *([results] if results else [])])
     result = compare(arms, against, price, origin)
     say(text(result))
     folder = Path(out or "runs")

@@ -129,9 +129,10 @@ class Arm:
         return statistics.order(sorted(name for name in set.intersection(*found) if is_whole(name)))
 
 
-def load(given: Sequence[str]) -> list[Arm]:
-    """Arms of run folders, globs and results files, in the order in which they are named."""
-    runs: list[Run] = []
+def load(given: Sequence[str], runs: Iterable[Run] = ()) -> list[Arm]:
+    """Arms of the runs at hand and of run folders, globs and results files, in the order in which they are
+    named."""
+    runs = list(runs)
     for pattern in given:
         paths = sorted(glob.glob(pattern)) or [pattern]
         for path in map(Path, paths):

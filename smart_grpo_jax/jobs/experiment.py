@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -81,47 +81,56 @@ def job(
     overrides: Sequence[tuple[str, str]],
     dry: bool = False,
     costs: str | None = None,
+    results: str | None = None,
 ) -> None:
-    """Run what is missing of an experiment, and compare."""
+    """Run what is missing of an experiment, and compare. Runs that `results` holds are not missing; those
+    that are made are stored there, too."""
     found = experiment_list.read(path)
     _, size = found.words(words)
     name = Path(path).stem + ("" if size == "shapes" else f"-{size}")
     chosen = range(first, first + (seeds or found.seeds))
     lines = experiment_list.lines(found, name, size, list(chosen), workdir, overrides, arms)
+    if results and found.audit:
+        raise UserError(f"--results: got {results}, wanted none for {name}, which leaves audit.json files")
+    runs, stored = experiment_list.held(Path(results), lines) if results else ([], set())
     per_call, origin = compare.prices(costs, [str(workdir)])
     measured = compare.seconds_per_call(costs, [str(workdir)])
     clock = Clock(per_call, measured[0]["velocity"] if measured else None)
     say(f"{name}: {found.question}")
-    say(listing(lines, clock))
+    say(listing(lines, clock, stored))
     say(f"cost in network calls ({origin})")
     if dry:
         return
     with interruptible(), Worker() as worker:
-        failures = work(lines, clock, lambda line: worker.run(line.folder, arguments(path, line, overrides)))
-    finished = [line for line in lines if line.finished()]
+        missing = [line for line in lines if line.folder not in stored]
+        failures = work(
+            missing, clock, lambda line: worker.run(line.folder, arguments(path, line, overrides))
+        )
+    finished = [line for line in missing if line.finished()]
     for line in finished:
         if not (line.folder / PRICE).is_file():
             write_json(line.folder / PRICE, experiment_list.price(line.config))
     if found.audit:
         for line in finished:
             say(f"look at {experiment_list.join(line)}")
-    elif finished:
+    elif finished or runs:
         folders = [str(experiment_list.join(line)) for line in finished]
-        against = found.against if any(line.arm == found.against for line in finished) else None
-        compare.job(folders, against=against, costs=costs, out=str(workdir / name))
+        there = found.against in {*(line.arm for line in finished), *(run.arm for run in runs)}
+        against, out = found.against if there else None, str(workdir / name)
+        compare.job(folders, runs=runs, against=against, costs=costs, out=out, results=results)
     if failures:
         raise UserError(f"{name}: {len(failures)} of {len(lines)} runs failed: {'; '.join(failures)}")
 
 
-def listing(lines: Sequence[Line], clock: Clock) -> str:
-    """What there is to run, arm by arm."""
+def listing(lines: Sequence[Line], clock: Clock, stored: Collection[Path] = ()) -> str:
+    """What there is to run, arm by arm; the runs of the folders in `stored` are at hand."""
     rows = []
     for arm in dict.fromkeys(line.arm for line in lines):
         here = [line for line in lines if line.arm == arm]
         state = {"finished": 0, "begun": 0, "to do": 0}
         for line in here:
             begun = "begun" if line.epochs_done() else "to do"
-            state["finished" if line.finished() else begun] += 1
+            state["finished" if line.folder in stored or line.finished() else begun] += 1
         calls = experiment_list.total(here[0], clock.known)
         rows.append(
             [
@@ -134,7 +143,7 @@ def listing(lines: Sequence[Line], clock: Clock) -> str:
             ]
         )
     head = ["arm", "runs", "state", "epochs", "network calls", "backward", "decodes", "cost of a run"]
-    left = [line for line in lines if not line.finished()]
+    left = [line for line in lines if line.folder not in stored and not line.finished()]
     cost = sum(clock.cost(line) for line in left)
     return table(rows, head) + f"\n{len(lines)} runs, cost of what is left: {cost:.3g}, {clock.left(left)}"
 

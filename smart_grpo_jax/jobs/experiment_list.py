@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import runpy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from smart_grpo_jax.core.errors import UserError, nearest
 from smart_grpo_jax.core.experiments import Experiment
 from smart_grpo_jax.hub import abstract
 from smart_grpo_jax.jobs import assemble, compare_runs, compare_settings, traced
+from smart_grpo_jax.jobs.compare_runs import Run
 from smart_grpo_jax.maths import window
 from smart_grpo_jax.policy import cost
 from smart_grpo_jax.runtime import metrics
@@ -104,16 +105,38 @@ def lines(
             config = configs.from_dict(values)
             if place > 0 and (config.train.epochs == 0 or experiment.audit):
                 continue
-            folder = workdir / "runs" / identity(config, experiment.audit) / f"seed{seed}"
+            made = identity(configs.to_dict(config), experiment.audit)
+            folder = workdir / "runs" / made / f"seed{seed}"
             link = workdir / name / arm
             found.append(Line(arm, f"{arm},{size}", seed, folder, link, config, experiment.audit))
     return found
 
 
-def identity(config: Config, audit: bool = False) -> str:
+def identity(config: Mapping[str, Any], audit: bool = False) -> str:
     """Twelve letters that name what a run computes, whatever its seed."""
-    what = {"audit": audit, **compare_settings.changed(configs.to_dict(config))}
+    what = {"audit": audit, **compare_settings.changed(config)}
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def held(results: Path, lines: Sequence[Line]) -> tuple[list[Run], set[Path]]:
+    """The runs of a results file, under the names that their arms have now, and the folders of the lines
+    among them. A run that was stored before it was finished is left out."""
+    stored = compare_runs.unpack(results) if results.is_file() else []
+    known = {(line.folder.parent.name, line.seed): line for line in lines}
+    keys = [(identity(run.config), run.seed) for run in stored]
+    own: dict[tuple[str, int], str] = {}  # beside a run may lie the best of its images, by a longer name
+    for key, run in zip(keys, stored, strict=True):
+        own[key] = min(own.get(key, run.arm), run.arm, key=len)
+    runs, folders = [], set()
+    for key, run in zip(keys, stored, strict=True):
+        line = known.get(key)
+        if line is not None and run.points[-1].epoch < line.config.train.epochs:
+            continue
+        if line is not None:
+            folders.add(line.folder)
+            run = dataclasses.replace(run, arm=line.arm + run.arm.removeprefix(own[key]))
+        runs.append(run)
+    return runs, folders
 
 
 def join(line: Line) -> Path:
@@ -145,7 +168,7 @@ def price(config: Config) -> dict[str, dict[str, int]]:
     tried = searched * config.search.rounds * config.search.candidates
     calls = pipe.calls(config.sampler.eval_guidance)
     picture = {
-        "velocity": (config.sampler.eval_steps + tried) * calls,
+        "velocity": (config.sampler.eval_steps + tried * config.search.lookahead) * calls,
         "backward": 0,
         "decode": 1 + tried,
         "reward": 1 + tried,

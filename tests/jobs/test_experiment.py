@@ -136,6 +136,24 @@ def test_all_is_run_then_compared_and_the_second_time_nothing_is_run(file, tmp_p
     assert entry.main([*argv, "--seed=10", "--seeds=1"]) == 0 and len(trainer.ran) == 10
 
 
+def test_a_results_file_stands_for_its_runs_and_takes_the_new_ones(file, tmp_path, monkeypatch, capsys):
+    """What was run on another machine is not run again, also after an arm was given another name."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    lines = listed(file, there) + listed(file, here, seeds=(0, 1, 2))
+    trainer = Trainer(monkeypatch, lines)
+    argv = ["--mode=experiment", f"--config={file}", f"--results={tmp_path / 'kept.jsonl'}"]
+    assert entry.main([*argv, f"--workdir={there}"]) == 0 and len(trainer.ran) == 5
+    file.write_text(FILE.format(common="").replace('"noisy"', '"loud"'))
+    assert entry.main([*argv, f"--workdir={here}", "--dry-run", "--seeds=3"]) == 0
+    said = capsys.readouterr().out
+    assert "2 finished, 1 to do" in said and "1 finished" in said
+    trainer.lines |= {str(line.folder): line for line in listed(file, here, seeds=(2,))}
+    assert entry.main([*argv, f"--workdir={here}", "--seeds=3"]) == 0
+    assert trainer.ran[5:] == ["plain, seed 2", "loud, seed 2"]
+    arms = compare_runs.load([str(tmp_path / "kept.jsonl")])
+    assert {arm.name: arm.seeds for arm in arms} == {"plain": [0, 1, 2], "loud": [0, 1, 2], "base": [0]}
+
+
 def test_a_failure_is_told_at_the_end_and_does_not_end_the_others(file, tmp_path, monkeypatch, capsys):
     trainer = Trainer(monkeypatch, listed(file, tmp_path), {"noisy, seed 0": [4]})
     assert entry.main(["--mode=experiment", f"--config={file}", f"--workdir={tmp_path}"]) == 2
@@ -254,6 +272,9 @@ def test_the_price_of_a_run_is_what_training_will_count(tmp_path):
     searched = experiment_list.read("configs/paper/sampling.py").get_config("early_5x5,shapes")
     picture = experiment_list.price(configs.from_dict(searched))["picture"]
     assert picture["decode"] > 25 and (picture["decode"] - 1) % 25 == 0
+    further = experiment_list.read("configs/paper/sampling.py").get_config("early_8x1_look_4,shapes")
+    picture = experiment_list.price(configs.from_dict(further))["picture"]
+    assert picture["velocity"] == 10 + (picture["decode"] - 1) * 4
 
 
 @pytest.mark.parametrize(
