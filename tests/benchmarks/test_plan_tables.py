@@ -2,10 +2,11 @@
 
 import pytest
 
-from benchmarks import plan_table, weak_scaling
+from benchmarks import paper_plans, plan_table, weak_scaling
 from smart_grpo_jax.jobs import microbatch, plan
 from smart_grpo_jax.runtime import aot
 from smart_grpo_jax.runtime.topologies import GIB
+from tests.jobs.test_microbatch import PRINT
 
 
 def page(tmp_path, begin, end):
@@ -26,9 +27,9 @@ def compiler(seen, sent):
     return ask
 
 
-def test_the_table_holds_the_cells_that_are_done_and_goes_on(tmp_path, monkeypatch):
-    from tests.jobs.test_microbatch import PRINT
-
+@pytest.fixture
+def asked(monkeypatch):
+    """What the stand-in was asked, where footprints are wanted, too."""
     seen = []
     inner = compiler(seen, lambda chips: {"fsdp": 1e9})
 
@@ -39,6 +40,27 @@ def test_the_table_holds_the_cells_that_are_done_and_goes_on(tmp_path, monkeypat
 
     monkeypatch.setattr(plan, "asker", lambda exact, out: ask)
     monkeypatch.setattr(plan, "compiled_for", lambda topology: True)
+    return seen
+
+
+def test_the_papers_lines_are_rows_once_however_many_experiments_have_them(tmp_path, asked):
+    path = page(tmp_path, paper_plans.BEGIN, paper_plans.END)
+    shared = [f"--folder={tmp_path / 'rows'}", f"--page={path}", "--only=table1", "--only=figure2b"]
+    assert paper_plans.main(shared) == 0
+    table = [line for line in path.read_text().splitlines() if line.startswith("| ")][1:]
+    assert [line.split(" | ")[0] for line in table] == [
+        "| table1:flow_grpo, figure2b:flow_grpo", "| table1:smart_grpo, figure2b:greedy", "| figure2b:random",
+    ]  # fmt: skip
+    assert {config.train.epochs for config, *_ in asked} == {360}
+    count = len(asked)
+    assert paper_plans.main(shared) == 0 and len(asked) == count
+    assert [line for line in path.read_text().splitlines() if line.startswith("| ")][1:] == table
+    assert paper_plans.main([*shared, "--slice=v5e-16"]) == 0
+    assert path.read_text().count("table1:smart_grpo") == 2
+    assert paper_plans.main([f"--folder={tmp_path / 'none'}", f"--page={path}", "--minutes=0"]) == 1
+
+
+def test_the_table_holds_the_cells_that_are_done_and_goes_on(tmp_path, asked):
     path = page(tmp_path, plan_table.BEGIN, plan_table.END)
     elsewhere = "| FLUX.1-dev | Flow-GRPO | v5p-8 | 4 | of another machine |"
     path.write_text(
@@ -54,7 +76,7 @@ def test_the_table_holds_the_cells_that_are_done_and_goes_on(tmp_path, monkeypat
     ]  # fmt: skip
     assert text.splitlines()[-3] == elsewhere
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    first, last = seen[0][0], seen[-1][0]
+    first, last = asked[0][0], asked[-1][0]
     assert (
         first.search.rounds == 0
         and last.search.rounds == 5
