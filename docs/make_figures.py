@@ -8,6 +8,7 @@ whose content this script writes from docs/results/. Kinds of places, each with 
 
     value FILE ARM SCORE               the arm's mean at its end
     difference FILE ARM AGAINST SCORE AXIS    the difference and its interval; AXIS: end, epoch, cost, seconds
+                                       at the end of what both have paid, or at a part of it: cost/2
     verdict FILE ARM AGAINST SCORE AXIS       the same in words
     table FILE AGAINST AXIS [SCORE …]  every arm against one, these scores or all
     figure FILE SCORE AXIS             the curves, drawn into docs/figures/
@@ -119,9 +120,15 @@ def value(docs: Path, name: str, figures: dict[Path, str], arm: str, score: str)
 
 
 def row(docs: Path, name: str, arm: str, against: str, score: str, axis: str) -> Mapping[str, Any]:
-    """One comparison, at the end of what both have paid."""
+    """One comparison, at the end of what both have paid or at a part of it."""
     rows = result(docs / "results" / name, against)["comparisons"]
-    return one(rows, arm=arm, score=score, axis=axis, share=1.0)
+    return one(rows, arm=arm, score=score, **place(axis))
+
+
+def place(axis: str) -> dict[str, Any]:
+    """`cost` and `cost/2` as a comparison tells them."""
+    name, _, part = axis.partition("/")
+    return {"axis": name, "share": 1 / int(part or 1)}
 
 
 def difference(docs: Path, name: str, figures: dict[Path, str], *words: str) -> str:
@@ -145,7 +152,7 @@ def table(docs: Path, name: str, figures: dict[Path, str], against: str, axis: s
         cells = [arm["name"], seeds, str(arm["epochs"]), f"{arm['cost']:,.0f}"]
         cells += [f"{arm['scores'][s['name']]:.3f}" for s in scores]
         for score in scores:
-            at = {"arm": arm["name"], "score": score["name"], "axis": axis, "share": 1.0}
+            at = {"arm": arm["name"], "score": score["name"], **place(axis)}
             rows = [r for r in found["comparisons"] if all(r[k] == v for k, v in at.items())]
             cells.append(compare.interval(rows[0]) if rows else "")
         lines.append(cells)

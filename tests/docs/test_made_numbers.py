@@ -65,6 +65,13 @@ def test_numbers_tables_and_figures_are_filled_in_and_stay_as_they_are(docs):
     assert docs / "other.md" not in FIGURES["everything"](docs)
 
 
+def test_two_arms_can_be_compared_at_half_of_what_both_have_paid(docs):
+    told = lambda axis: FIGURES["difference"](docs, "trial.jsonl", {}, "better", "plain", "shapes", axis)
+    numbers = [float(told(axis).split()[0]) for axis in ("cost/4", "cost/2", "cost")]
+    assert numbers == sorted(numbers) and numbers[0] < numbers[1] < numbers[2]
+    assert told("cost/1") == told("cost")
+
+
 def test_a_changed_number_is_seen_and_so_is_a_figure_that_no_page_shows(docs):
     write(docs)
     page = docs / "page.md"
