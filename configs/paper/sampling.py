@@ -4,7 +4,7 @@ For      the cheapest search that keeps most of the gain; it screens what is wor
 Hardware shapes: 2 CPU cores, under 3 GB. sd35: the weights and state of configs/sd35_medium.py.
 Command  python -m smart_grpo_jax.main --mode=experiment --config=configs/paper/sampling.py
          in the other size: FILE:sd35; one line of it, trained alone: FILE:ARM or FILE:ARM,sd35
-Expect   graded .404 -> .669 by 5 x 5; best of 8 in one round keeps 95 % of it; docs/reproducing.md.
+Expect   graded .404 -> .669 by 5 x 5; 4 candidates forecast by 3 calls keep 92 % of it; docs/reproducing.md.
 """
 
 from smart_grpo_jax.core import ways
