@@ -4,7 +4,7 @@ For      whether candidates as credit, or a loss without a likelihood, beat Flow
 Hardware shapes: 2 CPU cores, under 3 GB. sd35: the weights and state of configs/sd35_medium.py.
 Command  python -m smart_grpo_jax.main --mode=experiment --config=configs/paper/verdict.py --seed=200
          in the other size: FILE:sd35; one line of it, trained alone: FILE:ARM or FILE:ARM,sd35
-Expect   look_3 .02 to .03 above both windowed settings at equal cost, .08 above the published one.
+Expect   look_3 and nft .02 above the windowed settings at equal cost, .08 above the published one.
 """
 
 from smart_grpo_jax.core import ways
