@@ -18,14 +18,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.plan_table import between, write
+from benchmarks.plan_table import between, head, largest, line, plan_file, write
 from smart_grpo_jax.core import config as configs
 from smart_grpo_jax.core.config import Config
-from smart_grpo_jax.jobs import experiment_list, plan, plan_numbers
-from smart_grpo_jax.runtime import topologies
-from smart_grpo_jax.runtime.aot import LATE
+from smart_grpo_jax.jobs import experiment_list
 from smart_grpo_jax.runtime.progress import duration
-from smart_grpo_jax.runtime.topologies import GIB
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = (
@@ -57,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         file = folder / f"{name}-{arguments.slice}.json"
         if not file.is_file() and time.monotonic() - started < 60 * arguments.minutes:
             print(", ".join(words), flush=True)
-            plan_row(file, folder, config, arguments.slice)
+            plan_file(file, config, arguments.slice)
         if file.is_file():
             done += 1
             add(Path(arguments.page), row(words, arguments.slice, config, json.loads(file.read_text())))
@@ -77,23 +74,15 @@ def lines(experiments: Sequence[str]) -> list[tuple[str, Config, list[str]]]:
     return [(same, config, words) for same, (config, words) in found.items()]
 
 
-def plan_row(file: Path, folder: Path, config: Config, name: str) -> None:
-    """One plan, and its file; a compiler that did not finish leaves none."""
-    made = plan.planned(config, topologies.parse(name), plan.asker(False, str(folder / "answers.json")))
-    if all(one.verdict != LATE for one in made.phases):
-        file.write_text(json.dumps(plan_numbers.summary(made), indent=1) + "\n")
-
-
 def row(words: Sequence[str], name: str, config: Config, found: Mapping[str, Any]) -> list[str]:
     """One row: bytes as the compiler says, times as an interval."""
-    worst, one = max(found["phases"].items(), key=lambda item: item[1]["total_bytes"])
     span, hours, epochs = found["epoch_seconds"], found["device_hours_per_epoch"], config.train.epochs
     fits = found["fits"]
     return [
         ", ".join(words),
         name,
         "yes" if fits else "no",
-        f"{worst} {one['total_bytes'] / GIB:.1f} of {found['limit_bytes'] / GIB:.1f}",
+        largest(found),
         f"{duration(span[0])} to {duration(span[1])}" if fits else "",
         str(epochs),
         f"{duration(epochs * span[0])} to {duration(epochs * span[1])}" if fits else "",
@@ -103,10 +92,9 @@ def row(words: Sequence[str], name: str, config: Config, found: Mapping[str, Any
 
 def add(page: Path, cells: Sequence[str]) -> None:
     """Put a row into the table between the markers; an older row of the same lines and slice goes."""
-    text = lambda words: "| " + " | ".join(words) + " |"
-    old = [line for line in between(page, BEGIN, END).splitlines() if line.startswith("| ")][1:]
-    kept = [line for line in old if line.strip("| ").split(" | ")[:2] != list(cells[:2])]
-    write(page, "\n".join([text(HEAD), "|" + "---|" * len(HEAD), *kept, text(cells)]), BEGIN, END)
+    old = [text for text in between(page, BEGIN, END).splitlines() if text.startswith("| ")][1:]
+    kept = [text for text in old if text.strip("| ").split(" | ")[:2] != list(cells[:2])]
+    write(page, "\n".join([*head(HEAD), *kept, line(cells)]), BEGIN, END)
 
 
 if __name__ == "__main__":

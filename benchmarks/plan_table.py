@@ -75,16 +75,21 @@ def config_of(model: str, method: str) -> Config:
 
 
 def plan_cell(folder: Path, model: str, method: str, name: str) -> None:
-    """One cell, and its file; a compiler that did not finish leaves none."""
-    made = plan.planned(
-        config_of(model, method), topologies.parse(name), plan.asker(False, str(folder / "answers.json"))
-    )
+    """One cell, and its file."""
+    print(f"{model} {method} {name}", flush=True)
+    plan_file(folder / f"{model}-{method}-{name}.json", config_of(model, method), name)
+
+
+def plan_file(file: Path, config: Config, name: str) -> None:
+    """The plan of a config for a slice, stored; a compiler that did not finish leaves none. Its answers are
+    kept beside the file."""
+    made = plan.planned(config, topologies.parse(name), plan.asker(False, str(file.parent / "answers.json")))
     found = plan_numbers.summary(made)
-    print(f"{model} {method} {name}: {'fits' if found['fits'] else 'does not fit'}", flush=True)
+    print("fits" if found["fits"] else "does not fit", flush=True)
     if all(one.verdict != LATE for one in made.phases):
         for one in found["phases"].values():
             one.pop("buffers", None)
-        (folder / f"{model}-{method}-{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+        file.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def cells(folder: Path) -> list[tuple[str, str, str, Mapping[str, Any]]]:
@@ -96,17 +101,15 @@ def cells(folder: Path) -> list[tuple[str, str, str, Mapping[str, Any]]]:
 
 def table(done: Sequence[tuple[str, str, str, Mapping[str, Any]]], before: str = "") -> str:
     """The cells as Markdown, in order, and the rows of the table `before` that are not among them."""
-    rows = {tuple(line.strip("| ").split(" | ")[:3]): line for line in before.splitlines()}
+    rows = {tuple(old.strip("| ").split(" | ")[:3]): old for old in before.splitlines()}
     made = [row(*one) for one in done]
-    rows |= {tuple(cells[:3]): "| " + " | ".join(cells) + " |" for cells in made}
+    rows |= {tuple(cells[:3]): line(cells) for cells in made}
     order = itertools.product(MODELS.values(), METHODS.values(), SLICES)
-    lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
-    return "\n".join([*lines, *(rows[cell] for cell in order if cell in rows)])
+    return "\n".join([*head(HEAD), *(rows[cell] for cell in order if cell in rows)])
 
 
 def row(model: str, method: str, name: str, found: Mapping[str, Any]) -> list[str]:
     """One cell: bytes as the compiler says, times as an interval."""
-    worst, one = max(found["phases"].items(), key=lambda item: item[1]["total_bytes"])
     bad = [(n, p["verdict"]) for n, p in found["phases"].items() if p["verdict"] != "fits"]
     span, hours, rate = (found[k] for k in ("epoch_seconds", "device_hours_per_epoch", "images_per_second"))
     fits = found["fits"]
@@ -117,11 +120,27 @@ def row(model: str, method: str, name: str, found: Mapping[str, Any]) -> list[st
         str(found["chips"]),
         "yes" if fits else f"no ({bad[0][0]}: {bad[0][1]})",
         " × ".join(map(str, found["mesh"].values())),
-        f"{worst} {one['total_bytes'] / GIB:.1f} of {found['limit_bytes'] / GIB:.1f}",
+        largest(found),
         f"{duration(span[0])} to {duration(span[1])}" if fits and span else "",
         f"{hours[0]:.2f} to {hours[1]:.2f}" if fits and hours else "",
         f"{rate[0]:.2f} to {rate[1]:.2f}" if fits and rate else "",
     ]
+
+
+def largest(found: Mapping[str, Any]) -> str:
+    """The phase that needs most of a device."""
+    worst, one = max(found["phases"].items(), key=lambda item: item[1]["total_bytes"])
+    return f"{worst} {one['total_bytes'] / GIB:.1f} of {found['limit_bytes'] / GIB:.1f}"
+
+
+def line(cells: Sequence[str]) -> str:
+    """A row of a Markdown table."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def head(names: Sequence[str]) -> list[str]:
+    """The first two lines of one."""
+    return [line(names), "|" + "---|" * len(names)]
 
 
 def between(page: Path, begin: str = BEGIN, end: str = END) -> str:

@@ -112,7 +112,7 @@ def act(fns: Functions, shape: Shape, params: PyTree, knobs: Knobs, batch: Batch
     `params` holds "policy", "decoder", "reward" and, where the search has one of its own, "search_reward":
     arrays that are passed twice would count twice in the memory of the program. Row b of the result is member
     b % members of group b // members. With `shape.stop < shape.steps` the rollout ends early and x0 is
-    the one-step estimate from where it stopped.
+    the forecast from where it stopped.
     """
     groups = batch.prompt_id.shape[0]
     row = jnp.repeat(jnp.arange(groups), shape.members)

@@ -43,18 +43,15 @@ def measure(
     module = hlo.parse(made.pop("text"))
     share = 1.0 if often is None else often
     traffic = hlo.collectives(module, dict(mesh.shape), share)
-    never = (
-        {}
-        if often is None
-        else {"never": moving(module, hlo.collectives(module, dict(mesh.shape), 0.0), 0.0)}
-    )
-    return {
+    found = {
         **made,
         **moving(module, traffic, share),
-        **never,
         "collectives": [one._asdict() for one in traffic[:8]],
         "buffers": [one._asdict() for one in hlo.buffers(module, 8)],
     }
+    if often is not None:
+        found["never"] = moving(module, hlo.collectives(module, dict(mesh.shape), 0.0), 0.0)
+    return found
 
 
 def moving(module: hlo.Module, traffic: Sequence[hlo.Collective], often: float) -> dict[str, Any]:
