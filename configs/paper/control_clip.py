@@ -13,9 +13,10 @@ from smart_grpo_jax.core.experiments import Arm, Experiment
 EXPERIMENT = Experiment(
     question="Is there a gain where the reward gives the search little to hold on to?",
     against="flow_grpo",
-    epochs={"shapes": 12},
+    epochs={"shapes": 8},
     by_size={
-        "shapes": ways.trained_on("compressibility", "shapes", "shapes_aesthetic")
+        "shapes": ways.DEAR
+        | ways.trained_on("compressibility", "shapes", "shapes_aesthetic")
         | {"train.check_rewards": False},
         "sd35": ways.trained_on("clip_score", "image_reward", "aesthetic"),
     },

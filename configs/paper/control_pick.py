@@ -13,9 +13,11 @@ from smart_grpo_jax.core.experiments import Arm, Experiment
 EXPERIMENT = Experiment(
     question="Is there a gain where the reward gives the search little to hold on to?",
     against="flow_grpo",
-    epochs={"shapes": 12},
+    epochs={"shapes": 8},
     by_size={
-        "shapes": ways.trained_on("shapes_aesthetic", "shapes") | {"train.check_rewards": False},
+        "shapes": ways.DEAR
+        | ways.trained_on("shapes_aesthetic", "shapes")
+        | {"train.check_rewards": False},
         "sd35": ways.trained_on("pick_score", "image_reward", "aesthetic"),
     },
     arms={"flow_grpo": Arm(), "smart_grpo": Arm(ways.PUBLISHED)},

@@ -13,7 +13,8 @@ from smart_grpo_jax.core.experiments import Arm, Experiment
 EXPERIMENT = Experiment(
     question="Which share of the candidates should be kept?",
     against="p50",
-    epochs={"shapes": 12},
+    epochs={"shapes": 8},
+    by_size={"shapes": ways.DEAR},
     common=ways.PUBLISHED | ways.EARLY | {"search.candidates": 8, "search.rounds": 3},
     arms={
         "p25": Arm({"search.elite": 0.25}),

@@ -14,13 +14,19 @@ EXPERIMENT = Experiment(
     question="Does the published search win at equal cost?",
     against="more_epochs",
     epochs={"shapes": 8},
+    by_size={"shapes": ways.DEAR},
     arms={
         "smart_grpo": Arm(ways.PUBLISHED),
-        "more_epochs": Arm(longer=5.5),
-        "more_groups": Arm({"prompts.groups": 48}, longer=2),
-        "larger_groups": Arm({"prompts.members": 48}, longer=1.5),
+        "more_epochs": Arm({"eval.every": 10}, longer=5),
+        "more_groups": Arm({"prompts.groups": 48}, longer=0.625),
+        "larger_groups": Arm({"prompts.members": 96}, longer=0.625),
         "best_of_25": Arm(ways.ONE_SHOT | {"search.returns": "best"}),
-        "windowed": Arm(ways.WINDOWED, faster=2.0, longer=10),
+        "windowed": Arm(
+            ways.WINDOWED | {"train.inner_epochs": 1, "eval.every": 40},
+            faster=0.5,
+            longer=20,
+            sizes=("shapes",),
+        ),
         "search_at_evaluation": Arm(ways.PUBLISHED | ways.EARLY | ways.EVALUATED, longer=0),
     },
 )

@@ -13,9 +13,9 @@ from smart_grpo_jax.core.experiments import Arm, Experiment
 EXPERIMENT = Experiment(
     question="Does the search learn faster per epoch on a learned reward?",
     against="flow_grpo",
-    epochs={"shapes": 12},
+    epochs={"shapes": 8},
     by_size={
-        "shapes": ways.trained_on("shapes_image_reward", "shapes", "shapes_aesthetic"),
+        "shapes": ways.DEAR | ways.trained_on("shapes_image_reward", "shapes", "shapes_aesthetic"),
         "sd35": ways.trained_on("image_reward", "aesthetic", "hps"),
     },
     seeds=5,

@@ -13,7 +13,8 @@ from smart_grpo_jax.core.experiments import Arm, Experiment
 EXPERIMENT = Experiment(
     question="What does random selection do to training?",
     against="random",
-    epochs={"shapes": 12},
+    epochs={"shapes": 8},
+    by_size={"shapes": ways.DEAR},
     seeds=5,
     arms={
         "flow_grpo": Arm(),

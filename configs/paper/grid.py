@@ -29,6 +29,7 @@ EXPERIMENT = Experiment(
     question="How many candidates and rounds pay?",
     against="no_search",
     common=ways.NFT | ways.window(1, 2),
+    by_size={"shapes": ways.SMALL},
     arms={"no_search": Arm(longer=1.5), **GRID},
 )
 

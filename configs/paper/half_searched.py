@@ -14,7 +14,7 @@ EXPERIMENT = Experiment(
     question="Do half-searched groups beat plain ones at equal cost?",
     against="no_search",
     common=ways.NFT | ways.window(1, 2),
-    seeds=5,
+    by_size={"shapes": ways.SMALL},
     arms={
         "no_search": Arm(longer=1.5),
         "plain_ode": Arm({"sampler.transition": "ode", "sampler.window.kind": "all"}, longer=1.5),
@@ -27,6 +27,8 @@ EXPERIMENT = Experiment(
         "best_of_4": Arm(ways.HALF),
         "best_of_8": Arm(ways.HALF | {"search.candidates": 8}),
         "best_of_4_then_none": Arm(ways.HALF | {"search.until": 12}, sizes=("shapes",)),
+        "best_of_4_middle": Arm(ways.HALF | ways.window(4, 2) | {"search.steps": [4, 5]}),
+        "best_of_4_late": Arm(ways.HALF | ways.window(7, 2) | {"search.steps": [7, 8]}),
         "best_of_4_third_step": Arm(ways.HALF | ways.window(1, 3) | {"search.steps": [1, 2, 3]}),
     },
 )

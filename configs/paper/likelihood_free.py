@@ -17,6 +17,7 @@ EXPERIMENT = Experiment(
     question="Which likelihood-free loss is fast and stays stable?",
     against="windowed",
     epochs={"shapes": 48},
+    by_size={"shapes": ways.SMALL},
     arms={
         "windowed": Arm(ways.WINDOWED, faster=2.0),
         "nft": Arm(ways.NFT | ways.PLAIN_ODE),

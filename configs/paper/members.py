@@ -14,6 +14,7 @@ EXPERIMENT = Experiment(
     question="Which share of a group should be searched?",
     against="none",
     common=ways.NFT | ways.window(1, 2) | ways.HALF,
+    by_size={"shapes": ways.SMALL},
     arms={
         "none": Arm({"search.rounds": 0}),
         "quarter": Arm({"search.members": 0.25}),

@@ -16,6 +16,7 @@ EXPERIMENT = Experiment(
     question="Which noise should be executed?",
     against="mean",
     common=ways.NFT | ways.window(1, 2) | ways.HALF | SMALL,
+    by_size={"shapes": ways.SMALL},
     arms={
         "mean": Arm({"search.returns": "mean"}),
         "sample": Arm({"search.returns": "sample"}),

@@ -14,7 +14,7 @@ EXPERIMENT = Experiment(
     question="Do candidates need guidance?",
     against="as_sampler",
     common=ways.NFT | ways.window(1, 2) | ways.HALF,
-    by_size={"shapes": {"sampler.guidance": 2.0, "sampler.eval_guidance": 2.0}},
+    by_size={"shapes": ways.SMALL | {"sampler.guidance": 2.0, "sampler.eval_guidance": 2.0}},
     arms={
         "no_search": Arm({"search.rounds": 0}),
         "as_sampler": Arm(),

@@ -13,16 +13,14 @@ from smart_grpo_jax.core.experiments import Arm, Experiment
 EXPERIMENT = Experiment(
     question="At which steps does the search pay?",
     against="late",
-    epochs={"shapes": 12},
+    epochs={"shapes": 8},
+    by_size={"shapes": ways.DEAR},
     arms={
         "none": Arm(),
         "late": Arm(ways.PUBLISHED),
         "early": Arm(ways.PUBLISHED | ways.EARLY),
         "first": Arm(ways.PUBLISHED | {"search.steps": [0, 1]}),
         "middle": Arm(ways.PUBLISHED | {"search.steps": [3, 4, 5]}),
-        "half_early": Arm(ways.NFT | ways.window(1, 2) | ways.HALF),
-        "half_middle": Arm(ways.NFT | ways.window(4, 2) | ways.HALF | {"search.steps": [4, 5]}),
-        "half_late": Arm(ways.NFT | ways.window(7, 2) | ways.HALF | {"search.steps": [7, 8]}),
     },
 )
 

@@ -13,7 +13,8 @@ from smart_grpo_jax.core.experiments import Arm, Experiment
 EXPERIMENT = Experiment(
     question="Where should candidates be judged?",
     against="latent_late",
-    epochs={"shapes": 12},
+    epochs={"shapes": 8},
+    by_size={"shapes": ways.DEAR},
     common=ways.PUBLISHED,
     arms={
         "latent_late": Arm(),

@@ -16,7 +16,8 @@ DANCE = {"sampler.transition": "dance", "sampler.noise_level": 0.3}
 EXPERIMENT = Experiment(
     question="Does the stochastic step matter, with and without the search?",
     against="flow",
-    epochs={"shapes": 12},
+    epochs={"shapes": 8},
+    by_size={"shapes": ways.DEAR},
     arms={
         "flow": Arm(),
         "cps": Arm(CPS),
