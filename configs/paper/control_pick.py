@@ -15,9 +15,7 @@ EXPERIMENT = Experiment(
     against="flow_grpo",
     epochs={"shapes": 8},
     by_size={
-        "shapes": ways.DEAR
-        | ways.trained_on("shapes_aesthetic", "shapes")
-        | {"train.check_rewards": False},
+        "shapes": ways.DEAR | ways.trained_on("shapes_aesthetic", "shapes") | {"train.check_rewards": False},
         "sd35": ways.trained_on("pick_score", "image_reward", "aesthetic"),
     },
     arms={"flow_grpo": Arm(), "smart_grpo": Arm(ways.PUBLISHED)},

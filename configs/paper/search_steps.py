@@ -1,6 +1,6 @@
 """Where to search: early steps, which decide the picture, against late ones, which are judged well.
 
-For      the published search at other steps, and half-searched groups under the likelihood-free loss.
+For      the published search at other steps, and the cheapest search that gains as much while sampling.
 Hardware shapes: 2 CPU cores, under 3 GB. sd35: the weights and state of configs/sd35_medium.py.
 Command  python -m smart_grpo_jax.main --mode=experiment --config=configs/paper/search_steps.py
          in the other size: FILE:sd35; one line of it, trained alone: FILE:ARM or FILE:ARM,sd35
@@ -19,6 +19,7 @@ EXPERIMENT = Experiment(
         "none": Arm(),
         "late": Arm(ways.PUBLISHED),
         "early": Arm(ways.PUBLISHED | ways.EARLY),
+        "early_cheap": Arm(ways.best_of(4, "early") | {"search.lookahead": 3}),
         "first": Arm(ways.PUBLISHED | {"search.steps": [0, 1]}),
         "middle": Arm(ways.PUBLISHED | {"search.steps": [3, 4, 5]}),
     },
