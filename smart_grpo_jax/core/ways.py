@@ -26,13 +26,8 @@ UNIT_NOISE: dict[str, Any] = {"search.noise_norm": "rms"}
 SMALL: dict[str, Any] = {"prompts.groups": 6, "eval.every": 12, "eval.seeds": 1}
 """Shapes only: small batches, in which a cost goes further (configs/paper/batches.py)."""
 
-DEAR: dict[str, Any] = SMALL | {
-    "train.inner_epochs": 2,
-    "train.learning_rate": 4e-4,
-    "eval.every": 4,
-}
-"""Shapes only: for lines whose search costs many times their training. Two passes at twice the rate over what
-was searched."""
+DEAR: dict[str, Any] = SMALL | {"train.inner_epochs": 2, "eval.every": 4}
+"""Shapes only: for lines whose search costs many times their training. Two passes over what was searched."""
 
 EARLY: dict[str, Any] = {"search.steps": "early"}
 """The steps with 0.65 ≤ t ≤ 0.95, which decide the layout."""
