@@ -165,7 +165,7 @@ def price(config: Config) -> dict[str, dict[str, int]]:
         steps = config.sampler.eval_steps
         grid = assemble.time_grid(config, pipe, steps)
         searched = int(window.step_mask(config.search.steps, steps, grid).sum())
-    tried = searched * config.search.rounds * config.search.candidates
+    tried = cost.candidates(config, 1, searched)
     calls = pipe.calls(config.sampler.eval_guidance)
     picture = {
         "velocity": (config.sampler.eval_steps + tried * config.search.lookahead) * calls,

@@ -32,6 +32,11 @@ def on_path(shape: Shape) -> int:
     return shape.stop + early + forecasts * (shape.lookahead - 1)
 
 
+def candidates(config: Config, images: int, searched: int) -> int:
+    """Candidates that are tried for so many images at so many steps."""
+    return images * searched * config.search.rounds * config.search.candidates
+
+
 def images_seen(shape: Shape, recipe: Recipe, config: Config, masks: Masks) -> dict[str, int]:
     """Images that pass through each part of an epoch: `path` through the executed steps, `forecast` and
     `search` as candidates through the network and the judges, `judged` through decoder and reward outside the
@@ -40,7 +45,7 @@ def images_seen(shape: Shape, recipe: Recipe, config: Config, masks: Masks) -> d
     groups, searched = int(np.sum(np.asarray(masks.real))), int(np.sum(np.asarray(masks.searched)))
     images, few = groups * shape.members, groups * shape.searched_members
     states = len(masks.trained) if recipe.loss in LIKELIHOOD else 1
-    tried = few * searched * config.search.rounds * config.search.candidates
+    tried = candidates(config, few, searched)
     return {
         "path": images * on_path(shape),
         "forecast": tried * shape.lookahead,
@@ -58,7 +63,7 @@ def sampling(
     guided = calls(config.sampler.guidance)
     inside = calls(config.search.guidance) if config.search.guidance >= 0 else guided
     images = groups * shape.members
-    tried = groups * shape.searched_members * searched * config.search.rounds * config.search.candidates
+    tried = candidates(config, groups * shape.searched_members, searched)
     judged = images * (1 + shape.stop * shape.one_step_rewards)
     return {
         "velocity": images * on_path(shape) * guided + tried * shape.lookahead * inside,
