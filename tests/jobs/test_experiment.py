@@ -264,10 +264,10 @@ def test_the_price_of_a_run_is_what_training_will_count(tmp_path):
         experiment_list.read("configs/paper/half_searched.py").get_config("best_of_4,shapes")
     )
     found = experiment_list.price(config)
-    # 16 × 12 images: ten steps; half of them tried 4 candidates at two; four passes of 2 forwards each
-    epoch = 192 * 10 + 96 * 2 * 4 + 192 * 4 * 2
+    # 6 × 12 images: ten steps; half of them tried 4 candidates at two; four passes of 2 forwards each
+    epoch = 72 * 10 + 36 * 2 * 4 + 72 * 4 * 2
     assert found["training"]["velocity"] == config.train.epochs * epoch
-    assert found["training"]["decode"] == config.train.epochs * (192 + 96 * 8)
+    assert found["training"]["decode"] == config.train.epochs * (72 + 36 * 8)
     assert found["picture"] == {"velocity": 20, "backward": 0, "decode": 1, "reward": 1}
     searched = experiment_list.read("configs/paper/sampling.py").get_config("early_5x5,shapes")
     picture = experiment_list.price(configs.from_dict(searched))["picture"]
