@@ -10,6 +10,7 @@ Expect   not run yet; docs/reproducing.md will say.
 from smart_grpo_jax.core import ways
 from smart_grpo_jax.core.experiments import Arm, Experiment
 
+SEARCHED = {"search.space": "transition", "search.steps": [2, 3, 4]}
 LARGE = {
     "model.path": "stabilityai/stable-diffusion-3.5-large",
     "sampler.eval_steps": 28,
@@ -36,6 +37,8 @@ EXPERIMENT = Experiment(
         "flux": Arm(FLUX, longer=0, sizes=("sd35",)),
         "flow_grpo": Arm(),
         "smart_grpo": Arm(ways.PUBLISHED),
+        "windowed": Arm(ways.WINDOWED, longer=2.0),
+        "windowed_searched": Arm(ways.PUBLISHED | ways.WINDOWED | SEARCHED, longer=2.0),
     },
 )
 
