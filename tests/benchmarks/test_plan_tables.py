@@ -49,9 +49,13 @@ def test_the_papers_lines_are_rows_once_however_many_experiments_have_them(tmp_p
     assert paper_plans.main(shared) == 0
     table = [line for line in path.read_text().splitlines() if line.startswith("| ")][1:]
     assert [line.split(" | ")[0] for line in table] == [
-        "| table1:flow_grpo, figure2b:flow_grpo", "| table1:smart_grpo, figure2b:greedy", "| figure2b:random",
-    ]  # fmt: skip
-    assert {config.train.epochs for config, *_ in asked} == {360}
+        "| table1:flow_grpo, figure2b:flow_grpo",
+        "| table1:smart_grpo, figure2b:greedy",
+        "| table1:windowed",
+        "| table1:windowed_searched",
+        "| figure2b:random",
+    ]
+    assert {config.train.epochs for config, *_ in asked} == {360, 720}
     count = len(asked)
     assert paper_plans.main(shared) == 0 and len(asked) == count
     assert [line for line in path.read_text().splitlines() if line.startswith("| ")][1:] == table
