@@ -1,6 +1,6 @@
 """Make the figures and the numbers of the docs from the logs of the runs: `python docs/make_figures.py`.
 
-A page holds places such as
+A page of docs/, or README.md, holds places such as
 
     <!-- made value one_seed.jsonl shapes second/graded -->0.674<!-- end -->
 
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
 def everything(docs: Path) -> dict[Path, str]:
     """Every page with a made place and every figure, as they should be."""
     found: dict[Path, str] = {}
-    for page in sorted(docs.glob("*.md")):
+    for page in sorted([*docs.glob("*.md"), *docs.parent.glob("README.md")]):
         text = page.read_text(encoding="utf-8")
         if PLACE.search(text):
             found[page] = PLACE.sub(lambda match: filled(docs, match[1], found), text)
@@ -81,7 +81,8 @@ def everything(docs: Path) -> dict[Path, str]:
 
 def orphans(docs: Path) -> list[Path]:
     """Figures that no page asks for."""
-    return [path for path in sorted((docs / "figures").glob("*.svg")) if path not in everything(docs)]
+    shown = everything(docs)
+    return [path for path in sorted((docs / "figures").glob("*.svg")) if path not in shown]
 
 
 def filled(docs: Path, asked: str, figures: dict[Path, str]) -> str:

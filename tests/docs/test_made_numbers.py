@@ -65,6 +65,13 @@ def test_numbers_tables_and_figures_are_filled_in_and_stay_as_they_are(docs):
     assert docs / "other.md" not in FIGURES["everything"](docs)
 
 
+def test_the_readme_beside_the_docs_is_filled_in_too(docs):
+    readme = docs.parent / "README.md"
+    readme.write_text("It ended at <!-- made value trial.jsonl plain shapes --><!-- end -->.\n")
+    write(docs)
+    assert re.search(r"shapes -->\d\.\d{3}<!-- end -->\.", readme.read_text())
+
+
 def test_two_arms_can_be_compared_at_half_of_what_both_have_paid(docs):
     told = lambda axis: FIGURES["difference"](docs, "trial.jsonl", {}, "better", "plain", "shapes", axis)
     numbers = [float(told(axis).split()[0]) for axis in ("cost/4", "cost/2", "cost")]
