@@ -4,7 +4,7 @@ For      whether the search lifts the policy's held-out reward, as published and
 Hardware shapes: 2 CPU cores, under 3 GB. sd35: the weights and state of configs/sd35_medium.py.
 Command  python -m smart_grpo_jax.main --mode=experiment --config=configs/paper/table1.py
          in the other size: FILE:sd35; one line of it, trained alone: FILE:ARM or FILE:ARM,sd35
-Expect   no lift by the search (.417 against .432), harm where Flow-GRPO learns (.382 against .465); five seeds.
+Expect   no lift by the search (.417 against .432), harm where Flow-GRPO learns (.382 to .465); five seeds.
 """
 
 from smart_grpo_jax.core import ways
