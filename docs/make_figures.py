@@ -2,7 +2,7 @@
 
 A page of docs/, or README.md, holds places such as
 
-    <!-- made value one_seed.jsonl shapes second/graded -->0.674<!-- end -->
+    <!-- made value verdict.jsonl nft second/graded -->0.584<!-- end -->
 
 whose content this script writes from docs/results/. Kinds of places, each with the file first:
 
