@@ -21,7 +21,9 @@ EXPERIMENT = Experiment(
         "more_groups": Arm({"prompts.groups": 48}, longer=0.625),
         "larger_groups": Arm({"prompts.members": 96}, longer=0.625),
         "best_of_25": Arm(ways.ONE_SHOT | {"search.returns": "best"}),
-        "windowed": Arm(ways.WINDOWED | {"train.inner_epochs": 1, "eval.every": 40}, longer=20),
+        "windowed": Arm(
+            ways.WINDOWED | {"train.inner_epochs": 1, "eval.every": 40}, longer=20, sizes=("shapes",)
+        ),
         "search_at_evaluation": Arm(ways.PUBLISHED | ways.EARLY | ways.EVALUATED, longer=0),
     },
 )
