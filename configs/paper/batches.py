@@ -22,9 +22,9 @@ EXPERIMENT = Experiment(
         "nft_small": Arm(ways.NFT | ways.PLAIN_ODE | SMALL, longer=2.4),
         "local": Arm(CANDIDATES | {"prompts.members": 9}, faster=2.0),
         "local_small": Arm(CANDIDATES | {"prompts.members": 3}, longer=3.0),
-        "look_3_small": Arm(CANDIDATES | {"prompts.members": 2, "search.lookahead": 3}, longer=3.0),
+        "look_3_small": Arm(ways.LOOK_3, longer=3.0),
         "look_6": Arm(CANDIDATES | {"prompts.members": 4, "search.lookahead": 6}, faster=2.0),
-        "look_6_small": Arm(CANDIDATES | {"prompts.members": 2, "search.lookahead": 6}, longer=2.0),
+        "look_6_small": Arm(ways.LOOK_3 | {"search.lookahead": 6}, longer=2.0),
     },
 )
 

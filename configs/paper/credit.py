@@ -15,7 +15,6 @@ from smart_grpo_jax.core import ways
 from smart_grpo_jax.core.experiments import Arm, Experiment
 
 SPLIT = {"search.members": 0.5, "search.credit": "split"}
-SEARCHED = ways.PUBLISHED | ways.WINDOWED | {"search.space": "transition", "search.steps": [2, 3, 4]}
 STEPS_3_4, STEPS_2_4 = [3, 4], [2, 3, 4]
 
 
@@ -49,11 +48,13 @@ EXPERIMENT = Experiment(
         "look_6_steps_3_4": local(4, STEPS_3_4, 4, lookahead=6),
         "base_steps_3_4": local(4, STEPS_3_4, 9, forecast="base"),
         "difference": Arm(ways.WINDOWED | {"search.credit": "difference"}, faster=2.0),
-        "offset": Arm(SEARCHED | {"search.credit": "offset"}, faster=2.0),
-        "offset_small": Arm(SEARCHED | {"search.credit": "offset", "search.offset": 0.3}, faster=2.0),
-        "split": Arm(SEARCHED | SPLIT, faster=2.0),
+        "offset": Arm(ways.WINDOWED_SEARCHED | {"search.credit": "offset"}, faster=2.0),
+        "offset_small": Arm(
+            ways.WINDOWED_SEARCHED | {"search.credit": "offset", "search.offset": 0.3}, faster=2.0
+        ),
+        "split": Arm(ways.WINDOWED_SEARCHED | SPLIT, faster=2.0),
         "split_best_of_4": Arm(ways.WINDOWED | ways.best_of(4, STEPS_2_4) | SPLIT, faster=2.0),
-        "none": Arm(SEARCHED, faster=2.0),
+        "none": Arm(ways.WINDOWED_SEARCHED, faster=2.0),
     },
 )
 

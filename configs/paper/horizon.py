@@ -13,8 +13,8 @@ from smart_grpo_jax.core.experiments import Arm, Experiment
 WINDOWED = ways.WINDOWED | {"prompts.groups": 6, "eval.every": 32}
 NFT = ways.NFT | ways.PLAIN_ODE
 SMALL_NFT = NFT | {"prompts.groups": 6, "eval.every": 24}
-HALF_LOOK = ways.NFT | ways.window(2, 2) | ways.best_of(4, [2, 3]) | {"search.members": 0.5}
-LOOK_3 = ways.local(4, [3, 4]) | {"prompts.members": 2, "search.lookahead": 3, "eval.every": 36}
+LOOK_3 = ways.LOOK_3 | {"eval.every": 36}
+HALF_LOOK = {"search.steps": [2, 3], "search.lookahead": 3}
 
 
 def halving(changes: dict[str, object], longer: float) -> Arm:
@@ -35,7 +35,7 @@ EXPERIMENT = Experiment(
         "look_3": Arm(LOOK_3, longer=6.0),
         "look_3_decay": halving(LOOK_3, 6.0),
         "half_searched": Arm(ways.NFT | ways.window(1, 2) | ways.HALF, longer=9 / 8),
-        "half_look_3": Arm(HALF_LOOK | {"search.lookahead": 3}, longer=1.0),
+        "half_look_3": Arm(ways.NFT | ways.window(2, 2) | ways.HALF | HALF_LOOK),
     },
 )
 

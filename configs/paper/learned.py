@@ -10,8 +10,6 @@ Expect   not run yet; docs/reproducing.md will say.
 from smart_grpo_jax.core import ways
 from smart_grpo_jax.core.experiments import Arm, Experiment
 
-LOOK_3 = ways.local(4, [3, 4]) | {"prompts.members": 2, "search.lookahead": 3, "eval.every": 18}
-
 EXPERIMENT = Experiment(
     question="Does what won on the exact reward win on a learned one?",
     against="windowed",
@@ -22,7 +20,7 @@ EXPERIMENT = Experiment(
     arms={
         "windowed": Arm(ways.WINDOWED | {"prompts.groups": 6, "eval.every": 16}, longer=8 / 3),
         "nft": Arm(ways.NFT | ways.PLAIN_ODE | {"prompts.groups": 6, "eval.every": 12}, longer=2.0),
-        "look_3": Arm(LOOK_3, longer=3.0),
+        "look_3": Arm(ways.LOOK_3 | {"eval.every": 18}, longer=3.0),
     },
 )
 

@@ -10,12 +10,12 @@ Expect   not run yet; docs/reproducing.md will say.
 from smart_grpo_jax.core import ways
 from smart_grpo_jax.core.experiments import Arm, Experiment
 
-SMALL = {"search.rounds": 3, "search.candidates": 4}
+THREE_OF_4 = {"search.rounds": 3, "search.candidates": 4}
 
 EXPERIMENT = Experiment(
     question="Which noise should be executed?",
     against="mean",
-    common=ways.NFT | ways.window(1, 2) | ways.HALF | SMALL,
+    common=ways.NFT | ways.window(1, 2) | ways.HALF | THREE_OF_4,
     by_size={"shapes": ways.SMALL},
     arms={
         "mean": Arm({"search.returns": "mean"}),

@@ -10,7 +10,6 @@ Expect   no lift by the search (.417 against .432), harm where Flow-GRPO learns 
 from smart_grpo_jax.core import ways
 from smart_grpo_jax.core.experiments import Arm, Experiment
 
-SEARCHED = {"search.space": "transition", "search.steps": [2, 3, 4]}
 LARGE = {
     "model.path": "stabilityai/stable-diffusion-3.5-large",
     "sampler.eval_steps": 28,
@@ -38,7 +37,7 @@ EXPERIMENT = Experiment(
         "flow_grpo": Arm(),
         "smart_grpo": Arm(ways.PUBLISHED),
         "windowed": Arm(ways.WINDOWED, longer=2.0),
-        "windowed_searched": Arm(ways.PUBLISHED | ways.WINDOWED | SEARCHED, longer=2.0),
+        "windowed_searched": Arm(ways.WINDOWED_SEARCHED, longer=2.0),
     },
 )
 

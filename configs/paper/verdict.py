@@ -10,8 +10,6 @@ Expect   look_3 and nft .02 above the windowed settings at equal cost, .08 above
 from smart_grpo_jax.core import ways
 from smart_grpo_jax.core.experiments import Arm, Experiment
 
-CANDIDATES = ways.local(4, [3, 4]) | {"prompts.members": 2}
-
 EXPERIMENT = Experiment(
     question="Does anything found here beat the tuned Flow-GRPO at equal cost?",
     against="windowed",
@@ -21,8 +19,8 @@ EXPERIMENT = Experiment(
         "windowed": Arm(ways.WINDOWED | {"prompts.groups": 6, "eval.every": 16}, longer=8 / 3),
         "windowed_double": Arm(ways.WINDOWED, faster=2.0),
         "nft": Arm(ways.NFT | ways.PLAIN_ODE | {"prompts.groups": 6, "eval.every": 12}, longer=2.0),
-        "look_3": Arm(CANDIDATES | {"search.lookahead": 3, "eval.every": 18}, longer=3.0),
-        "branches": Arm(CANDIDATES | {"search.lookahead": 6, "eval.every": 12}, longer=2.0),
+        "look_3": Arm(ways.LOOK_3 | {"eval.every": 18}, longer=3.0),
+        "branches": Arm(ways.LOOK_3 | {"search.lookahead": 6, "eval.every": 12}, longer=2.0),
     },
 )
 

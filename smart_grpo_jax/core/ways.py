@@ -50,6 +50,11 @@ def window(start: int, size: int) -> dict[str, Any]:
 WINDOWED: dict[str, Any] = window(2, 3)
 """Three early steps: the Flow-GRPO that a search has to beat, tuned in configs/paper/windowed.py."""
 
+WINDOWED_SEARCHED: dict[str, Any] = (
+    PUBLISHED | WINDOWED | {"search.space": "transition", "search.steps": [2, 3, 4]}
+)
+"""The published search at the same steps, its candidates judged where they will lead."""
+
 
 def best_of(candidates: int, steps: list[int] | str) -> dict[str, Any]:
     """One round at these steps, the best candidate executed: K times a step's cost and no refitting."""
@@ -85,6 +90,9 @@ def local(candidates: int, steps: list[int]) -> dict[str, Any]:
         "sampler.window.size": max(steps) - min(steps) + 1,
     }
 
+
+LOOK_3: dict[str, Any] = local(4, [3, 4]) | {"prompts.members": 2, "search.lookahead": 3}
+"""Candidates as credit, forecast by three calls, for small batches: what won in configs/paper/verdict.py."""
 
 EVALUATED: dict[str, Any] = {"eval.search": True, "sampler.eval_steps": 10}
 """The search at sampling time, on as many steps as in training."""
