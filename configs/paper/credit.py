@@ -1,6 +1,6 @@
-"""Candidates as credit: the states' own candidates as groups, and one-step rewards as differences.
+"""Candidates as credit: the candidates of a state as a group of their own.
 
-For      the search inside GRPO that needs no finished image, and the ways to give its gain to somebody.
+For      the search inside GRPO that needs no finished image: how many candidates, where, how well judged.
 Hardware shapes: 2 CPU cores, under 3 GB. sd35: the weights and state of configs/sd35_medium.py.
 Command  python -m smart_grpo_jax.main --mode=experiment --config=configs/paper/credit.py
          in the other size: FILE:sd35; one line of it, trained alone: FILE:ARM or FILE:ARM,sd35
@@ -14,7 +14,6 @@ from typing import Any
 from smart_grpo_jax.core import ways
 from smart_grpo_jax.core.experiments import Arm, Experiment
 
-SPLIT = {"search.members": 0.5, "search.credit": "split"}
 STEPS_3_4, STEPS_2_4 = [3, 4], [2, 3, 4]
 
 
@@ -32,7 +31,7 @@ def halving(arm: Arm) -> Arm:
 WINDOWED = Arm(ways.WINDOWED, faster=2.0)
 
 EXPERIMENT = Experiment(
-    question="Who should get the gain of the search?",
+    question="Which candidates make the best groups of their own?",
     against="windowed",
     arms={
         "windowed": WINDOWED,
@@ -47,14 +46,6 @@ EXPERIMENT = Experiment(
         "look_3_steps_2_3": local(4, [2, 3], 6, lookahead=3),
         "look_6_steps_3_4": local(4, STEPS_3_4, 4, lookahead=6),
         "base_steps_3_4": local(4, STEPS_3_4, 9, forecast="base"),
-        "difference": Arm(ways.WINDOWED | {"search.credit": "difference"}, faster=2.0),
-        "offset": Arm(ways.WINDOWED_SEARCHED | {"search.credit": "offset"}, faster=2.0),
-        "offset_small": Arm(
-            ways.WINDOWED_SEARCHED | {"search.credit": "offset", "search.offset": 0.3}, faster=2.0
-        ),
-        "split": Arm(ways.WINDOWED_SEARCHED | SPLIT, faster=2.0),
-        "split_best_of_4": Arm(ways.WINDOWED | ways.best_of(4, STEPS_2_4) | SPLIT, faster=2.0),
-        "none": Arm(ways.WINDOWED_SEARCHED, faster=2.0),
     },
 )
 

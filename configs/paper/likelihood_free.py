@@ -24,6 +24,7 @@ EXPERIMENT = Experiment(
         "nft_noise": Arm(ways.NFT | ways.window(1, 2)),
         "nft_kl": Arm(ways.NFT | ways.PLAIN_ODE | KL),
         "nft_slow_average": Arm(ways.NFT | ways.PLAIN_ODE | SLOW),
+        "nft_slow_actor": Arm(ways.NFT | ways.PLAIN_ODE | SLOW | {"train.actor": "ema"}),
         "nft_small_beta": Arm(ways.NFT | ways.PLAIN_ODE | {"train.nft_beta": 0.3}),
         "nft_slow": Arm(ways.NFT | ways.PLAIN_ODE, faster=0.5),
         "nft_fast": Arm(ways.NFT | ways.PLAIN_ODE, faster=2.0),

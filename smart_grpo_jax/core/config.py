@@ -177,6 +177,9 @@ class Train:
     kl: str = option("flow_grpo", "form of the KL term", choices=("flow_grpo", "exact", "velocity"))
     kl_weight: float = option(0.0, "weight of the KL term", low=0)
     step_weight: str = option("uniform", "weight of a step", choices=("uniform", "tempflow", "guard"))
+    actor: str = option(
+        "raw", "weights that make an epoch's images: the newest, or their average", choices=("raw", "ema")
+    )
     nft_beta: float = option(1.0, "beta of NFT", above=0, high=1)
     awm_weight: str = option("ghuber", "weight of AWM", choices=("uniform", "t", "t2", "huber", "ghuber"))
     check_rewards: bool = option(

@@ -107,6 +107,10 @@ RULES: tuple[tuple[Any, str], ...] = (
         "which draws its own times",
     ),
     (
+        lambda c: c.train.actor == "ema" and c.train.loss in LIKELIHOOD,
+        "train.actor: got ema, wanted raw with train.loss = {c.train.loss}, whose ratio begins at 1",
+    ),
+    (
         lambda c: c.search.credit == "local" and _searched(c) and c.sampler.window.kind in MOVING,
         "sampler.window.kind: got {c.sampler.window.kind}, wanted all, fraction or fixed with "
         "search.credit = local",

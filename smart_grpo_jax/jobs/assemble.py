@@ -256,6 +256,7 @@ def recipe(config: Config) -> update.Recipe:
         passes=t.inner_epochs,
         chunk=config.memory.train,
         adv_clip=t.adv_clip,
+        actor=t.actor,
         nft_beta=t.nft_beta,
         awm_weight=t.awm_weight,
         grad_clip=t.grad_clip,

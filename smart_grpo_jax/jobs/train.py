@@ -35,7 +35,7 @@ from smart_grpo_jax.jobs import (
 )
 from smart_grpo_jax.jobs.assemble import Run
 from smart_grpo_jax.jobs.programs import Programs, programs_of
-from smart_grpo_jax.policy import cost, credit, rollout
+from smart_grpo_jax.policy import cost, credit, rollout, update
 from smart_grpo_jax.runtime import distributed, manifest
 from smart_grpo_jax.runtime.checkpoint import Checkpoints
 from smart_grpo_jax.runtime.compile_cache import CompileCount
@@ -264,7 +264,7 @@ def act(loop: Loop, programs: Programs) -> tuple[rollout.Acted, credit.Masks, ro
     members = config.prompts.members
     size, calls = assemble.training_calls(config, run.mesh)
     knobs = traced.rollout_knobs(run.config, run.times, loop.epoch)
-    params = run.rollout_params(loop.state.params)
+    params = run.rollout_params(update.actor(run.recipe, loop.state))
     outside = host_scores.Finished(run.reward, config, f"e{loop.epoch + 1}", members)
     parts, batches, real = [], [], []
     heartbeat = Heartbeat(f"rolling out epoch {loop.epoch + 1}")

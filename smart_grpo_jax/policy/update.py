@@ -49,6 +49,7 @@ class Recipe:
     passes: int = 1
     chunk: int = 0
     adv_clip: float = 5.0
+    actor: str = "raw"
     nft_beta: float = 1.0
     awm_weight: str = "ghuber"
     grad_clip: float = 1.0
@@ -101,6 +102,11 @@ def init_state(recipe: Recipe, params: PyTree) -> TrainState:
     return TrainState(zero(), zero(), params, copy, optimizer(recipe).init(params), counters)
 
 
+def actor(recipe: Recipe, state: TrainState) -> PyTree:
+    """The weights that roll out and that the losses call old: the newest, or their slow average."""
+    return state.ema if recipe.actor == "ema" else state.params
+
+
 def learn(
     policy: Policy,
     recipe: Recipe,
@@ -112,7 +118,7 @@ def learn(
 ) -> tuple[TrainState, dict[str, Array]]:
     """One epoch of learning. Leaves of `experience` are [samples, states per sample, ...] (Transitions)
     or [samples, ...] (Endpoints); `cond` is the table that their `row` indexes."""
-    old = state.params
+    old = actor(recipe, state)
     samples = experience.weight.shape[0]
 
     def one_pass(state: TrainState, i: Array) -> tuple[TrainState, dict[str, Array]]:

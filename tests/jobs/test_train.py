@@ -146,6 +146,21 @@ def test_every_way_to_learn_runs(variant, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_images_come_from_the_average_where_it_is_asked_for(tmp_path):
+    """An average that is never due stays at the base: what is trained beside it cannot be seen."""
+    still = ("train.loss=nft", "search.rounds=0", "train.ema.every=1000")
+
+    def seen(name, *more):
+        assert tiny_run.run(tmp_path / name, *SHORT, *still, *more) == 0
+        return [row["train/reward"] for row in read(tmp_path / name)[1:]]
+
+    average = "train.actor=ema"
+    slow, fast = (seen(f"ema{rate}", average, f"train.learning_rate={rate}") for rate in (1e-5, 1e-2))
+    trained = seen("raw", "train.learning_rate=1e-2")
+    assert slow == fast and trained[0] == fast[0] and trained[1] != fast[1]
+
+
+@pytest.mark.slow
 def test_rollouts_in_parts_give_the_same_rewards(whole, tmp_path):
     folder, _ = whole
     assert tiny_run.run(tmp_path / "run", *SHORT, "memory.rollout=2") == 0

@@ -7,6 +7,7 @@ import pytest
 import toy_policy as toy
 
 from smart_grpo_jax.core.types import Endpoints
+from smart_grpo_jax.maths import rng
 from smart_grpo_jax.policy import credit, update
 
 
@@ -190,6 +191,25 @@ def test_the_average_follows_the_weights_when_it_is_due():
     assert toy.same(rare.ema, start.ema)
     off, _ = toy.learn(recipe, start, experience(), toy.update_knobs(ema_decay=0.0))
     assert toy.same(off.ema, off.params)
+
+
+@pytest.mark.parametrize("actor", ["raw", "ema"])
+def test_old_is_the_policy_that_made_the_images(actor):
+    """Only then is v_old what the update starts from: NFT's loss does not move with the trained weights."""
+    recipe = toy.recipe(loss="nft", updates=1, actor=actor)
+    start = state(recipe)._replace(params=moved(), ema=toy.weights())
+    given, knobs = experience(likelihood=False), toy.update_knobs()
+    told = toy.learn(recipe, start, given, knobs)[1]["loss"]
+    drawn = update._draw(given, rng.at(rng.key(knobs.seed, "update", knobs.epoch, 1), start.step))
+    old = {"raw": moved(), "ema": toy.weights()}
+    want = {
+        name: update.LOSSES["nft"](
+            toy.policy(), recipe, moved(), weights, toy.weights(), toy.batch().cond, given, drawn, knobs
+        )[0]
+        for name, weights in old.items()
+    }
+    assert abs(want["raw"] - want["ema"]) > 1e-3
+    np.testing.assert_allclose(told, want[actor], rtol=1e-4)  # the same sum, dealt in another order
 
 
 def test_the_knobs_of_the_update_are_data():
