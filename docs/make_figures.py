@@ -54,7 +54,8 @@ PLACE = re.compile(r"<!-- made (.+?) -->(.*?)<!-- end -->", re.DOTALL)
 def main(argv: Sequence[str]) -> int:
     """Write what is stale, or only name it."""
     stale = False
-    for path, content in everything(DOCS).items():
+    made = everything(DOCS)
+    for path, content in made.items():
         old = path.read_text(encoding="utf-8") if path.is_file() else None
         if old == content:
             continue
@@ -63,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
         if "--check" not in argv:
             path.parent.mkdir(exist_ok=True)
             path.write_text(content, encoding="utf-8")
-    for path in orphans(DOCS):
+    for path in orphans(DOCS, made):
         stale = True
         print(f"{path.relative_to(DOCS.parent)}: no page shows it")
     return int(stale and "--check" in argv)
@@ -79,10 +80,9 @@ def everything(docs: Path) -> dict[Path, str]:
     return found
 
 
-def orphans(docs: Path) -> list[Path]:
+def orphans(docs: Path, made: Mapping[Path, str]) -> list[Path]:
     """Figures that no page asks for."""
-    shown = everything(docs)
-    return [path for path in sorted((docs / "figures").glob("*.svg")) if path not in shown]
+    return [path for path in sorted((docs / "figures").glob("*.svg")) if path not in made]
 
 
 def filled(docs: Path, asked: str, figures: dict[Path, str]) -> str:
@@ -99,70 +99,70 @@ def filled(docs: Path, asked: str, figures: dict[Path, str]) -> str:
     return f"<!-- made {asked} -->{content}<!-- end -->"
 
 
-@functools.lru_cache(maxsize=32)
+@functools.cache
 def arms(path: Path) -> list[Arm]:
     """The runs of a results file."""
     return compare_runs.load([str(there(path))])
 
 
-@functools.lru_cache(maxsize=64)
-def result(path: Path, against: str | None) -> dict[str, Any]:
-    """All that is said of a results file."""
+@functools.cache
+def overview(path: Path, against: str | None = None) -> dict[str, Any]:
+    """What is said of each arm of a results file by itself."""
     price, origin = compare.prices(None, [str(path)])
-    return compare.compare(arms(path), against, price, origin)
+    return compare.overview(arms(path), against, price, origin)
+
+
+@functools.cache
+def compared(path: Path, arm: str, against: str, score: str, axis: str) -> Mapping[str, Any]:
+    """One comparison, at the end of what both have paid or at a part of it: `cost/2`."""
+    found, (name, _, part) = overview(path), axis.partition("/")
+    if name not in ("end", *compare_runs.AXES):
+        raise UserError(f'made: got axis "{axis}" ({nearest(name, ("end", *compare_runs.AXES))})')
+    one(found["scores"], name=score)
+    both = [one([{"name": a.name, "arm": a} for a in arms(path)], name=n)["arm"] for n in (arm, against)]
+    return compare.row(*both, score, name, 1 / int(part or 1), found["costs"]["per_call"])
 
 
 def value(docs: Path, name: str, figures: dict[Path, str], arm: str, score: str) -> str:
     """The mean of an arm at its end."""
-    found = one(result(docs / "results" / name, None)["arms"], name=arm)
+    found = one(overview(docs / "results" / name)["arms"], name=arm)
     if score not in found["scores"]:
         raise UserError(f'made: {name} has no score "{score}" ({nearest(score, found["scores"])})')
     return f"{found['scores'][score]:.3f}"
 
 
-def row(docs: Path, name: str, arm: str, against: str, score: str, axis: str) -> Mapping[str, Any]:
-    """One comparison, at the end of what both have paid or at a part of it."""
-    rows = result(docs / "results" / name, against)["comparisons"]
-    return one(rows, arm=arm, score=score, **place(axis))
-
-
-def place(axis: str) -> dict[str, Any]:
-    """`cost` and `cost/2` as a comparison tells them."""
-    name, _, part = axis.partition("/")
-    return {"axis": name, "share": 1 / int(part or 1)}
-
-
 def difference(docs: Path, name: str, figures: dict[Path, str], *words: str) -> str:
     """The difference of two arms with its interval."""
-    return compare.interval(row(docs, name, *words))
+    return compare.interval(compared(docs / "results" / name, *words))
 
 
 def verdict(docs: Path, name: str, figures: dict[Path, str], *words: str) -> str:
     """What that difference shows."""
-    return compare_statistics.WORDS[row(docs, name, *words)["verdict"]]
+    return compare_statistics.WORDS[compared(docs / "results" / name, *words)["verdict"]]
 
 
 def table(docs: Path, name: str, figures: dict[Path, str], against: str, axis: str, *names: str) -> str:
-    """Every arm: these scores (none: all) at its end, and the differences to one arm along an axis."""
-    found = result(docs / "results" / name, against)
+    """Every arm: these scores (none: all) at its end, and the differences to one arm along an axis. What was
+    not trained has paid nothing, and is compared at the end alone."""
+    path = docs / "results" / name
+    found = overview(path, against)
     scores = [one(found["scores"], name=score) for score in names] or found["scores"]
+    trained = {arm["name"] for arm in found["arms"] if arm["trained"]}
     head = ["arm", "seeds", "epochs", "cost", *(s["label"] for s in scores)]
     lines = [[*head, *(f"{s['label']}, difference" for s in scores)]]
     for arm in found["arms"]:
         seeds = str(len(arm["seeds"])) if arm["trained"] else "not trained"
         cells = [arm["name"], seeds, str(arm["epochs"]), f"{arm['cost']:,.0f}"]
         cells += [f"{arm['scores'][s['name']]:.3f}" for s in scores]
-        for score in scores:
-            at = {"arm": arm["name"], "score": score["name"], **place(axis)}
-            rows = [r for r in found["comparisons"] if all(r[k] == v for k, v in at.items())]
-            cells.append(compare.interval(rows[0]) if rows else "")
-        lines.append(cells)
+        told = arm["name"] != against and (axis == "end" or {arm["name"], against} <= trained)
+        rows = [compared(path, arm["name"], against, s["name"], axis) for s in scores if told]
+        lines.append(cells + [compare.interval(row) for row in rows] + [""] * (len(scores) - len(rows)))
     return markdown(lines)
 
 
 def figure(docs: Path, name: str, figures: dict[Path, str], score: str, axis: str) -> str:
     """The curves of a score; the picture stands alone."""
-    found = result(docs / "results" / name, None)
+    found = overview(docs / "results" / name)
     file = f"{Path(name).stem}-{score.replace('/', '-')}-{axis}.svg"
     figures[docs / "figures" / file] = compare_page.figure(found, arms(docs / "results" / name), score, axis)
     label = one(found["scores"], name=score)["label"]
@@ -171,12 +171,12 @@ def figure(docs: Path, name: str, figures: dict[Path, str], score: str, axis: st
 
 def paid(docs: Path, name: str, figures: dict[Path, str], against: str, full: str, *names: str) -> str:
     """What a picture costs and is worth, cheapest first; the first score decides over the share."""
-    found = result(docs / "results" / name, against)
-    scores = [one(found["scores"], name=score) for score in names]
-    labels = [s["label"] for s in scores]
-    at = lambda arm, score: row(docs, name, arm, against, score, "end")
+    path = docs / "results" / name
+    found = overview(path, against)
+    labels = [one(found["scores"], name=score)["label"] for score in names]
+    at = lambda arm, score: compared(path, arm, against, score, "end")
     whole = at(full, names[0])["difference"]
-    networks = {arm.name: arm.runs[0].picture["velocity"] for arm in arms(docs / "results" / name)}
+    networks = {arm.name: arm.runs[0].picture["velocity"] for arm in arms(path)}
     head = ["arm", "cost of a picture", "network calls", *labels, f"{labels[0]}, difference"]
     lines = [[*head, f"of the gain of {full}"]]
     for arm in sorted(found["arms"], key=lambda arm: arm["picture"]):
@@ -191,7 +191,7 @@ def paid(docs: Path, name: str, figures: dict[Path, str], against: str, full: st
 
 def bought(docs: Path, name: str, figures: dict[Path, str], score: str, *families: str) -> str:
     """A score over what a picture costs."""
-    found = result(docs / "results" / name, None)
+    found = overview(docs / "results" / name)
     drawn = []
     for family in families:
         label, _, patterns = family.partition(":")

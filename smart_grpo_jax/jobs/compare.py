@@ -100,13 +100,23 @@ def seconds_per_call(costs: str | None, given: Sequence[str]) -> tuple[dict[str,
 def compare(
     arms: Sequence[Arm], against: str | None, price: Mapping[str, float], origin: str
 ) -> dict[str, Any]:
-    """Everything that the page, the JSON and the docs say."""
+    """Everything that the page and the JSON say."""
+    found = overview(arms, against, price, origin)
+    base = next(arm for arm in arms if arm.name == found["against"])
+    scores = [score["name"] for score in found["scores"]]
+    rows = [row for arm in arms if arm is not base for row in versus(arm, base, scores, price)]
+    return found | {"comparisons": rows, "notes": notes(arms)}
+
+
+def overview(
+    arms: Sequence[Arm], against: str | None, price: Mapping[str, float], origin: str
+) -> dict[str, Any]:
+    """What is said of each arm by itself; comparisons are dear, and not everyone wants them all."""
     names = [arm.name for arm in arms]
     if against is not None and against not in names:
         raise UserError(f'--against: got "{against}" ({nearest(against, names)})')
     base = next(arm for arm in arms if arm.name == (against or names[0]))
     scores = common_scores(arms)
-    rows = [row for arm in arms if arm is not base for row in versus(arm, base, scores, price)]
     return {
         "against": base.name,
         "prompts": len(base.runs[0].prompts),
@@ -116,8 +126,6 @@ def compare(
         ],
         "costs": {"per_call": dict(price), "from": origin},
         "arms": [summary(arm, scores, price) for arm in arms],
-        "comparisons": rows,
-        "notes": notes(arms),
     }
 
 
@@ -157,25 +165,27 @@ def summary(arm: Arm, scores: Sequence[str], price: Mapping[str, float]) -> dict
 
 def versus(arm: Arm, base: Arm, scores: Sequence[str], price: Mapping[str, float]) -> list[dict[str, Any]]:
     """All comparisons of two arms: at their ends, and along each axis as far as both have come."""
-    rows = [row(arm, base, score, "end", 1.0, None, price) for score in scores]
-    if not (arm.trained and base.trained):
-        return rows
-    for axis in AXES:
-        common = min(arm.end(axis, price), base.end(axis, price))
-        if common > 0:
-            rows += [
-                row(arm, base, s, axis, share, share * common, price) for share in SHARES for s in scores
-            ]
-    return rows
+    rows = [row(arm, base, score, "end", 1.0, price) for score in scores]
+    along = [axis for axis in AXES if common(arm, base, axis, price) > 0]
+    return rows + [
+        row(arm, base, score, axis, share, price) for axis in along for share in SHARES for score in scores
+    ]
+
+
+def common(arm: Arm, base: Arm, axis: str, price: Mapping[str, float]) -> float:
+    """How far two arms have both come along an axis; 0 where one is not trained."""
+    return min(a.end(axis, price) for a in (arm, base)) if arm.trained and base.trained else 0.0
 
 
 def row(
-    arm: Arm, base: Arm, score: str, axis: str, share: float, where: float | None, price: Mapping[str, float]
+    arm: Arm, base: Arm, score: str, axis: str, share: float, price: Mapping[str, float]
 ) -> dict[str, Any]:
-    """One comparison: means, difference, interval, verdict."""
-    if where is None:
+    """One comparison: means, difference, interval, verdict; at the ends, or at a share of what both paid."""
+    where = None
+    if axis == "end":
         one, other = arm.last(score), base.last(score)
     else:
+        where = share * common(arm, base, axis, price)
         one, other = (a.at(score, axis, where, price) for a in (arm, base))
     paired = arm.seeds == base.seeds and arm.trained and base.trained
     found = compare_statistics.difference(
