@@ -43,6 +43,7 @@ from smart_grpo_jax.jobs import (
     compare_runs,
     compare_statistics,
     report_plot,
+    statistics,
 )
 from smart_grpo_jax.jobs.compare_runs import Arm
 from smart_grpo_jax.jobs.report_plot import Line
@@ -128,12 +129,12 @@ def value(docs: Path, name: str, figures: dict[Path, str], arm: str, score: str)
     found = one(overview(docs / "results" / name)["arms"], name=arm)
     if score not in found["scores"]:
         raise UserError(f'made: {name} has no score "{score}" ({nearest(score, found["scores"])})')
-    return f"{found['scores'][score]:.3f}"
+    return statistics.shown(found["scores"][score])
 
 
 def difference(docs: Path, name: str, figures: dict[Path, str], *words: str) -> str:
     """The difference of two arms with its interval."""
-    return compare.interval(compared(docs / "results" / name, *words))
+    return compare_statistics.told(compared(docs / "results" / name, *words))
 
 
 def verdict(docs: Path, name: str, figures: dict[Path, str], *words: str) -> str:
@@ -153,10 +154,10 @@ def table(docs: Path, name: str, figures: dict[Path, str], against: str, axis: s
     for arm in found["arms"]:
         seeds = str(len(arm["seeds"])) if arm["trained"] else "not trained"
         cells = [arm["name"], seeds, str(arm["epochs"]), f"{arm['cost']:,.0f}"]
-        cells += [f"{arm['scores'][s['name']]:.3f}" for s in scores]
+        cells += [statistics.shown(arm["scores"][s["name"]]) for s in scores]
         told = arm["name"] != against and (axis == "end" or {arm["name"], against} <= trained)
-        rows = [compared(path, arm["name"], against, s["name"], axis) for s in scores if told]
-        lines.append(cells + [compare.interval(row) for row in rows] + [""] * (len(scores) - len(rows)))
+        rows = [compared(path, arm["name"], against, s["name"], axis) if told else None for s in scores]
+        lines.append(cells + [compare_statistics.told(row) if row else "" for row in rows])
     return markdown(lines)
 
 
@@ -181,10 +182,10 @@ def paid(docs: Path, name: str, figures: dict[Path, str], against: str, full: st
     lines = [[*head, f"of the gain of {full}"]]
     for arm in sorted(found["arms"], key=lambda arm: arm["picture"]):
         cells = [arm["name"], f"{arm['picture']:,.0f}", f"{networks[arm['name']]:,}"]
-        cells += [f"{arm['scores'][score]:.3f}" for score in names]
+        cells += [statistics.shown(arm["scores"][score]) for score in names]
         if arm["name"] != against:
             gain = at(arm["name"], names[0])
-            cells += [compare.interval(gain), f"{gain['difference'] / whole:.0%}"]
+            cells += [compare_statistics.told(gain), f"{gain['difference'] / whole:.0%}"]
         lines.append(cells + [""] * (len(lines[0]) - len(cells)))
     return markdown(lines)
 

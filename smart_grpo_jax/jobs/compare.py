@@ -240,7 +240,7 @@ def text(result: Mapping[str, Any]) -> str:
                 str(len(arm["seeds"])) if arm["trained"] else "–",
                 str(arm["epochs"]),
                 f"{arm['cost']:.3g}",
-                f"{arm['scores'][first['name']]:.3f}",
+                statistics.shown(arm["scores"][first["name"]]),
                 *(said(whole[axis]) if axis in whole else "" for axis in ("end", "cost")),
             ]
         )
@@ -259,9 +259,4 @@ def text(result: Mapping[str, Any]) -> str:
 def said(row: Mapping[str, Any]) -> str:
     """`+0.031 [+0.010, +0.052] better`."""
     words = compare_statistics.WORDS[row["verdict"]].split(":")[0]
-    return f"{interval(row)} {words}"
-
-
-def interval(row: Mapping[str, Any]) -> str:
-    """`+0.031 [+0.010, +0.052]`."""
-    return f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+    return f"{compare_statistics.told(row)} {words}"

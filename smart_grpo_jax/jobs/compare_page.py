@@ -85,7 +85,7 @@ def arms_table(result: Mapping[str, Any]) -> str:
             f"{arm['cost_per_epoch']:,.0f}" if arm["epochs"] else "–",
             f"{arm['picture']:,.0f}" if arm["picture"] else "–",
             duration(arm["seconds"]),
-            *(f"{arm['scores'][s['name']]:.3f}" for s in result["scores"]),
+            *(statistics.shown(arm["scores"][s["name"]]) for s in result["scores"]),
         ]
         for arm in result["arms"]
     ]
@@ -126,7 +126,7 @@ def versus(result: Mapping[str, Any], axis: str) -> str:
 
 def cell(row: Mapping[str, Any]) -> str:
     """A difference with its interval; in words where nothing is shown."""
-    words = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+    words = compare_statistics.told(row)
     kind = KINDS[row["verdict"]]
     if kind:
         return f'<span class="{kind}">{words}</span>'

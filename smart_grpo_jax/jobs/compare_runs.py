@@ -10,6 +10,7 @@ import base64
 import dataclasses
 import glob
 import json
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,8 +35,8 @@ UNWEIGHTED = {"velocity": 1.0, "backward": 2.0, "decode": 0.0, "reward": 0.0}
 MANY = 4
 """Images per prompt from which on the best of them is a method of its own."""
 
-DIGITS = 10_000
-"""Scores are packed in units of 1/DIGITS."""
+DIGITS = 4
+"""Decimals of packed scores; scores below 0.1 have more, so that four digits are left of them, too."""
 
 AXES = {"epoch": "epoch", "cost": "weighted calls", "seconds": "seconds of training"}
 """What scores are compared at."""
@@ -326,14 +327,18 @@ MISSING = np.iinfo(np.int32).min
 
 
 def _packed(values: Float[np.ndarray, " p"]) -> str:
+    """Whole numbers of 10^-DIGITS; of a finer unit where the text begins with its decimals: `7:…`."""
     known = np.isfinite(values)
-    whole = np.where(known, np.round(np.where(known, values, 0) * DIGITS), MISSING).astype("<i4")
-    return _text(zlib.compress(whole.tobytes(), 9))
+    size = float(np.abs(values[known]).max(initial=0))
+    digits = DIGITS if not 0 < size < 0.1 else DIGITS - 1 - math.floor(math.log10(size))
+    whole = np.where(known, np.round(np.where(known, values, 0) * 10.0**digits), MISSING).astype("<i4")
+    return ("" if digits == DIGITS else f"{digits}:") + _text(zlib.compress(whole.tobytes(), 9))
 
 
 def _scores(text: str) -> Float[np.ndarray, " p"]:
-    whole = np.frombuffer(zlib.decompress(base64.b64decode(text)), "<i4")
-    return np.where(whole == MISSING, np.nan, whole / DIGITS)
+    digits, _, data = text.rpartition(":")
+    whole = np.frombuffer(zlib.decompress(base64.b64decode(data)), "<i4")
+    return np.where(whole == MISSING, np.nan, whole / 10.0 ** int(digits or DIGITS))
 
 
 def _text(data: bytes) -> str:

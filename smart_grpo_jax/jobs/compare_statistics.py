@@ -16,11 +16,13 @@ tests/jobs/test_compare_statistics.py measures how often such intervals hold the
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
+
+from smart_grpo_jax.jobs import statistics
 
 LEVEL = 0.95
 DRAWS = 4000
@@ -55,6 +57,13 @@ WORDS = {
     "one seed": "one seed: nothing is said of a repetition",
 }
 """Verdicts for a reader."""
+
+
+def told(row: Mapping[str, Any]) -> str:
+    """`+0.031 [+0.010, +0.052]`."""
+    numbers = [row[name] for name in ("difference", "low", "high")]
+    places = statistics.decimals(max(map(abs, numbers)))
+    return "{} [{}, {}]".format(*(f"{number:+.{places}f}" for number in numbers))
 
 
 class _Sample(NamedTuple):

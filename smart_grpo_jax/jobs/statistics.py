@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -49,6 +50,17 @@ def interval(difference: np.ndarray, prompts: Sequence[str] | None = None) -> tu
         return float(per_prompt.mean()), float("inf")
     spread = np.sqrt(len(clusters) / (len(clusters) - 1) * (clusters**2).sum())
     return float(per_prompt.mean()), float(NORMAL_95 * spread / len(per_prompt))
+
+
+def decimals(size: float) -> int:
+    """Decimals that show a number of this size: three, or two digits of what is below 0.01."""
+    size = abs(size)
+    return 3 if not 0 < size < 0.01 else 1 - math.floor(math.log10(size))
+
+
+def shown(value: float) -> str:
+    """A score: `0.531`, `-0.0015`."""
+    return f"{value:.{decimals(value)}f}"
 
 
 def per_prompt_mean(values: np.ndarray) -> np.ndarray:

@@ -10,7 +10,15 @@ import pytest
 from smart_grpo_jax import main as entry
 from smart_grpo_jax.core import config as configs
 from smart_grpo_jax.core.errors import UserError
-from smart_grpo_jax.jobs import compare, compare_page, compare_reference, compare_runs, compare_settings
+from smart_grpo_jax.jobs import (
+    compare,
+    compare_page,
+    compare_reference,
+    compare_runs,
+    compare_settings,
+    compare_statistics,
+    statistics,
+)
 from tests.jobs.made_runs import arm, made
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,9 +125,30 @@ def test_a_results_file_says_the_same_as_the_folders(folder, tmp_path, result):
     again = compare.compare(compare_runs.load([str(tmp_path / "some.jsonl")]), "plain", PRICE, "here")
     for one, other in zip(result["comparisons"], again["comparisons"], strict=True):
         assert one["verdict"] == other["verdict"]
-        assert one["difference"] == pytest.approx(other["difference"], abs=2 / compare_runs.DIGITS)
+        assert one["difference"] == pytest.approx(other["difference"], abs=2 * 10.0**-compare_runs.DIGITS)
     assert (tmp_path / "some.jsonl").stat().st_size < 15 * 5000
     assert again["arms"][0]["calls"] == result["arms"][0]["calls"]
+
+
+@pytest.mark.parametrize("size", [3000.0, 5.0, 0.4, 0.03, 1.5e-3, 2e-7])
+def test_a_results_file_keeps_four_digits_of_small_scores(size):
+    """Compressibility of a small picture is -0.0015: in units of 0.0001 nothing would be left of a gain."""
+    scores = np.append(-size * np.linspace(0.5, 1, 50), np.nan)
+    again = compare_runs._scores(compare_runs._packed(scores))
+    np.testing.assert_allclose(again, scores, rtol=0, atol=min(1e-4, 1e-3 * size))
+
+
+def test_small_differences_are_told_with_the_digits_that_they_have():
+    row = dict(difference=-3.29e-6, low=-4.78e-5, high=4.1e-5)
+    assert compare_statistics.told(row) == "-0.000003 [-0.000048, +0.000041]"
+    row = dict(difference=0.0312, low=0.0101, high=0.0523)
+    assert compare_statistics.told(row) == "+0.031 [+0.010, +0.052]"
+    assert [statistics.shown(v) for v in (0.5312, -0.001547, 0.0, 6.8)] == [
+        "0.531",
+        "-0.0015",
+        "0.000",
+        "6.800",
+    ]
 
 
 def test_the_command_writes_a_page_and_a_json(folder, tmp_path, capsys):
