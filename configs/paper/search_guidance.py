@@ -4,7 +4,7 @@ For      what leaving guidance out of the candidates, half of their cost, does t
 Hardware shapes: 2 CPU cores, under 3 GB. sd35: the weights and state of configs/sd35_medium.py.
 Command  python -m smart_grpo_jax.main --mode=experiment --config=configs/paper/search_guidance.py
          in the other size: FILE:sd35; one line of it, trained alone: FILE:ARM or FILE:ARM,sd35
-Expect   not run yet; docs/reproducing.md will say.
+Expect   candidates without guidance do as well; neither is ahead of no search at equal cost.
 """
 
 from smart_grpo_jax.core import ways
