@@ -292,7 +292,9 @@ def learn(
     loop: Loop, programs: Programs, acted: rollout.Acted, masks: credit.Masks, batch: rollout.Batch
 ) -> None:
     """Credit, update, and the guards: no reward, a ratio that is not 1, numbers that are not numbers."""
-    first = loop.rounds == 0
+    run, allowed = loop.run, None
+    if loop.rounds == 0:
+        allowed = guards.tolerance(run.config, run.times, np.asarray(masks.trained))
     summary = {k: float(v) for k, v in distributed.whole(programs.summary(acted, masks)).items()}
     what = f"epoch {loop.epoch + 1}"
     if warning := host_scores.tolerated(loop.config, summary["train/failed"], what, loop.failed):
@@ -304,8 +306,7 @@ def learn(
         state, metrics = programs.learn(loop.state, loop.run.frozen, batch.cond, experience, knobs)
         metrics = distributed.whole(metrics)
     loop.state, loop.epoch = state, loop.epoch + 1
-    guards.check(loop.config, state, metrics, first)
-    run = loop.run
+    guards.check(run.config, state, metrics, allowed)
     spent = cost.epoch(run.shape, run.recipe, run.config, masks, run.pipeline.calls)
     loop.nfe = cost.add(loop.nfe, spent)
     loop.speed.worked(masks, spent)

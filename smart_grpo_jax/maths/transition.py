@@ -98,6 +98,16 @@ def stds(kind: str, times: Float[Array, " steps_plus_1"], noise_level: Scalar) -
     )
 
 
+def leverage(kind: str, times: Float[Array, " steps_plus_1"], noise_level: Scalar) -> Float[Array, " steps"]:
+    """|∂mean / ∂v| / std of every step: by how many of its own stds a step moves when the velocity moves by
+    one. 0 where there is no noise."""
+    times = jnp.asarray(times)
+    zero = jnp.zeros_like(times[:-1])
+    law = step(kind, zero, zero + 1, times[:-1], times[1:], noise_level, times[1])
+    noisy = jnp.broadcast_to(law.std, zero.shape) > 0
+    return jnp.where(noisy, jnp.abs(law.mean) / jnp.where(noisy, law.std, 1), 0)
+
+
 def sample(transition: Transition, noise: Float[Array, "*x"]) -> Float[Array, "*x"]:
     """x' = mean + std * noise."""
     return transition.mean + transition.std * noise

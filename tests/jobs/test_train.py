@@ -122,6 +122,7 @@ VARIANTS = {
         "search.space=latent", "search_reward.shapes=1",
     ),
     "local": ("search.credit=local", "search.rounds=2"),
+    "cps at all steps": ("sampler.transition=cps", "sampler.noise_level=0.8", "search.rounds=0"),
     "local, by the base's forecast": ("search.credit=local", "search.forecast=base", "search.lookahead=2"),
 }  # fmt: skip
 
@@ -139,7 +140,8 @@ def test_every_way_to_learn_runs(variant, tmp_path, capsys):
     assert [row["epoch"] for row in rows] == [0, 1, 2]
     for row in rows[1:]:
         assert np.isfinite(row["train/reward"]) and row["update/skipped"] == 0 and row["update/grad_norm"] > 0
-        assert row.get("update/first_ratio_error", 0.0) <= 1e-6
+        # the last noisy step of CPS has so little noise that the roundings of the velocity are seen in it
+        assert row.get("update/first_ratio_error", 0.0) <= (1e-4 if "cps at" in variant else 1e-6)
     base, tuned = (read_manifest(tmp_path / "run" / "checkpoints" / str(e))["state_hash"] for e in (0, 2))
     assert base != tuned
     assert "WARNING" not in capsys.readouterr().out

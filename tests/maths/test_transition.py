@@ -275,6 +275,19 @@ def test_fine_sde_keeps_the_marginals_of_a_gaussian(kind):
     assert fine == pytest.approx(coarse / 10, rel=0.2) and fine < 2e-3
 
 
+@pytest.mark.parametrize("kind, level", [("ode", 0.7), ("flow", 0.7), ("dance", 0.3), ("cps", 0.8)])
+def test_leverage_is_the_slope_of_the_mean_in_the_steps_own_noise(kind, level):
+    times = np.array([1.0, 0.7, 0.3, 0.001, 0.0], np.float32)
+    told = transition.leverage(kind, times, level)
+    for j in range(4):
+        mean = lambda v: transition.step(kind, 0.4, v, times[j], times[j + 1], level, times[1]).mean  # noqa: B023
+        std = float(transition.step(kind, 0.4, 0.2, times[j], times[j + 1], level, times[1]).std)
+        want = abs(float(jax.grad(mean)(0.2))) / std if std > 0 else 0.0
+        np.testing.assert_allclose(told[j], want, rtol=1e-5)
+    if kind == "cps":  # almost no noise, and the velocity still counts for the whole time before it
+        assert told[2] > 100 * told[0]
+
+
 def test_one_step_and_guidance():
     x0, x1 = random_state()
     t = jnp.array([0.1, 0.5, 1.0])
