@@ -27,10 +27,8 @@ BAD_UPDATES = 3
 def tolerance(config: Config, times: np.ndarray, trained: np.ndarray) -> float:
     """How far from 1 the ratio of the trained steps may be before the first update."""
     sampler = config.sampler
-    felt = np.asarray(transition.leverage(sampler.transition, jnp.asarray(times), sampler.noise_level))[
-        trained
-    ]
-    return max(RATIO_TOLERANCE, ROUNDING * float(felt.max(initial=0)))
+    felt = transition.leverage(sampler.transition, jnp.asarray(times), sampler.noise_level)
+    return max(RATIO_TOLERANCE, ROUNDING * float(np.asarray(felt)[trained].max(initial=0)))
 
 
 def check(
