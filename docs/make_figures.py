@@ -120,8 +120,12 @@ def compared(path: Path, arm: str, against: str, score: str, axis: str) -> Mappi
     if name not in ("end", *compare_runs.AXES):
         raise UserError(f'made: got axis "{axis}" ({nearest(name, ("end", *compare_runs.AXES))})')
     one(found["scores"], name=score)
-    both = [one([{"name": a.name, "arm": a} for a in arms(path)], name=n)["arm"] for n in (arm, against)]
-    return compare.row(*both, score, name, 1 / int(part or 1), found["costs"]["per_call"])
+    for asked in (arm, against):
+        one(found["arms"], name=asked)
+    named = {some.name: some for some in arms(path)}
+    return compare.row(
+        named[arm], named[against], score, name, 1 / int(part or 1), found["costs"]["per_call"]
+    )
 
 
 def value(docs: Path, name: str, figures: dict[Path, str], arm: str, score: str) -> str:

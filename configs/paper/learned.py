@@ -4,7 +4,7 @@ For      whether candidates as credit, and the loss without a likelihood, hold w
 Hardware shapes: 2 CPU cores, under 3 GB. sd35: the weights and state of configs/sd35_medium.py.
 Command  python -m smart_grpo_jax.main --mode=experiment --config=configs/paper/learned.py --seed=200
          in the other size: FILE:sd35; one line of it, trained alone: FILE:ARM or FILE:ARM,sd35
-Expect   candidates as credit raise the learned reward fastest, and are behind NFT by the exact one.
+Expect   candidates as credit raise the learned reward fastest, behind NFT by the exact one at half cost.
 """
 
 from smart_grpo_jax.core import ways

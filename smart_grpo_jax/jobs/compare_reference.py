@@ -96,9 +96,10 @@ def _verdict(stored: Mapping[str, Any], run: Run) -> list[str]:
         if score in last.scores:
             value = statistics.mean(last.scores[score])
             inside = b["low"][k] <= value <= b["high"][k]
+            said, low, high = map(statistics.shown, (value, b["low"][k], b["high"][k]))
             lines.append(
-                f"{name}: {statistics.HEADLINE.get(score, score)} {value:.3f} at epoch {last.epoch} is "
-                f"{'inside' if inside else 'OUTSIDE'} [{b['low'][k]:.3f}, {b['high'][k]:.3f}], the 95 % band "
+                f"{name}: {statistics.HEADLINE.get(score, score)} {said} at epoch {last.epoch} is "
+                f"{'inside' if inside else 'OUTSIDE'} [{low}, {high}], the 95 % band "
                 f"of a run ({len(stored['seeds'])} seeds, {stored['machine']})"
             )
     if differ:

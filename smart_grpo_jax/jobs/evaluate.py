@@ -21,7 +21,7 @@ from smart_grpo_jax.core.types import PyTree, TrainState
 from smart_grpo_jax.data import prompts as prompt_data
 from smart_grpo_jax.jobs import assemble, host_scores, measured_window, traced
 from smart_grpo_jax.jobs.assemble import Run
-from smart_grpo_jax.jobs.statistics import comparison, signed
+from smart_grpo_jax.jobs.statistics import comparison, shown, signed
 from smart_grpo_jax.maths import window
 from smart_grpo_jax.policy import rollout
 from smart_grpo_jax.runtime import distributed
@@ -193,8 +193,8 @@ def print_comparison(rows: Sequence[Mapping[str, float | str]], count: int, labe
     cells = [
         [
             str(r["score"]),
-            f"{r['base']:.3f}",
-            f"{r['tuned']:.3f}",
+            shown(float(r["base"])),
+            shown(float(r["tuned"])),
             signed(float(r["difference"]), float(r["half_width"])),
         ]
         for r in rows

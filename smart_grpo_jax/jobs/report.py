@@ -91,9 +91,9 @@ def result(story: Story) -> str:
         return text[0].upper() + text[1:]
     if base is not None and base.scores:
         name = statistics.distinct(base.scores)[0]
-        mean = statistics.mean(base.scores[name])
+        mean = statistics.shown(statistics.mean(base.scores[name]))
         label = statistics.HEADLINE.get(name, name)
-        return f"Only the base is evaluated so far: {label} {mean:.3f} on {len(base.prompts)} prompts"
+        return f"Only the base is evaluated so far: {label} {mean} on {len(base.prompts)} prompts"
     return "No evaluation yet"
 
 

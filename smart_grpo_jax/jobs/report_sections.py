@@ -113,7 +113,7 @@ def headline(story: Story) -> str:
             return section("Scores", absent("No evaluation of the base is stored yet."))
         names = statistics.distinct(base.scores)
         rows = [
-            [html.escape(statistics.HEADLINE.get(n, n)), f"{statistics.mean(base.scores[n]):.3f}"]
+            [html.escape(statistics.HEADLINE.get(n, n)), statistics.shown(statistics.mean(base.scores[n]))]
             for n in names
         ]
         return section("Scores", lead("The base alone."), table(["score", "base"], rows, "Scores"))
@@ -123,8 +123,8 @@ def headline(story: Story) -> str:
         words = statistics.signed(float(row["difference"]), float(row["half_width"]))
         kind = {"better": "right", "worse": "wrong", "open": ""}[verdict]
         cells = [
-            f"{float(row['base']):.3f}",
-            f"{float(row['tuned']):.3f}",
+            statistics.shown(float(row["base"])),
+            statistics.shown(float(row["tuned"])),
             f'<span class="{kind}">{words}</span>',
         ]
         rows.append([html.escape(str(row["score"])), *cells])

@@ -127,13 +127,14 @@ def comparison(
 def change(row: Mapping[str, float | str]) -> Change:
     """A row of `comparison` in words: `0.521 → 0.668`, and the paired difference with its interval."""
     difference, half = float(row["difference"]), float(row["half_width"])
-    words = (
-        f"{float(row['base']):.3f} → {float(row['tuned']):.3f}, paired difference {signed(difference, half)}"
-    )
+    base, tuned = (shown(float(row[name])) for name in ("base", "tuned"))
+    words = f"{base} → {tuned}, paired difference {signed(difference, half)}"
     verdict = "better" if difference > half else "worse" if difference < -half else "open"
     return Change(verdict, words)
 
 
 def signed(difference: float, half: float) -> str:
     """`+0.147 ± 0.021`; one prompt alone has no interval."""
-    return f"{difference:+.3f} ± {half:.3f}" if np.isfinite(half) else f"{difference:+.3f} (no interval)"
+    places = decimals(max(abs(difference), half) if np.isfinite(half) else difference)
+    said = f"{difference:+.{places}f}"
+    return f"{said} ± {half:.{places}f}" if np.isfinite(half) else f"{said} (no interval)"

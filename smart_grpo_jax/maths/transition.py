@@ -91,21 +91,22 @@ def step(
 
 def stds(kind: str, times: Float[Array, " steps_plus_1"], noise_level: Scalar) -> Float[Array, " steps"]:
     """The std of every step of a schedule."""
-    times = jnp.asarray(times)
-    zero = jnp.zeros_like(times[:-1])
-    return jnp.broadcast_to(
-        step(kind, zero, zero, times[:-1], times[1:], noise_level, times[1]).std, zero.shape
-    )
+    return _unit_steps(kind, times, noise_level).std
 
 
 def leverage(kind: str, times: Float[Array, " steps_plus_1"], noise_level: Scalar) -> Float[Array, " steps"]:
     """|∂mean / ∂v| / std of every step: by how many of its own stds a step moves when the velocity moves by
     one. 0 where there is no noise."""
+    law = _unit_steps(kind, times, noise_level)
+    return jnp.where(law.std > 0, jnp.abs(law.mean) / jnp.where(law.std > 0, law.std, 1), 0)
+
+
+def _unit_steps(kind: str, times: Float[Array, " steps_plus_1"], noise_level: Scalar) -> Transition:
+    """Every step of a schedule from x = 0 under v = 1: its mean is the slope in v."""
     times = jnp.asarray(times)
     zero = jnp.zeros_like(times[:-1])
     law = step(kind, zero, zero + 1, times[:-1], times[1:], noise_level, times[1])
-    noisy = jnp.broadcast_to(law.std, zero.shape) > 0
-    return jnp.where(noisy, jnp.abs(law.mean) / jnp.where(noisy, law.std, 1), 0)
+    return Transition(law.mean, jnp.broadcast_to(law.std, zero.shape))
 
 
 def sample(transition: Transition, noise: Float[Array, "*x"]) -> Float[Array, "*x"]:
