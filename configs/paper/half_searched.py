@@ -4,7 +4,7 @@ For      the lead of the prototypes: suggestive there, with intervals here.
 Hardware shapes: 2 CPU cores, under 3 GB. sd35: the weights and state of configs/sd35_medium.py.
 Command  python -m smart_grpo_jax.main --mode=experiment --config=configs/paper/half_searched.py
          in the other size: FILE:sd35; one line of it, trained alone: FILE:ARM or FILE:ARM,sd35
-Expect   one seed: plain ODE rollouts are ahead of searched halves at equal cost; docs/reproducing.md.
+Expect   no: best of 2 and 4 no difference shown at equal cost, best of 8 behind; no gain as a curriculum.
 """
 
 from smart_grpo_jax.core import ways
