@@ -4,7 +4,7 @@ For      whether P = 1/2, which the paper does not state, matters.
 Hardware shapes: 2 CPU cores, under 3 GB. sd35: the weights and state of configs/sd35_medium.py.
 Command  python -m smart_grpo_jax.main --mode=experiment --config=configs/paper/elite.py
          in the other size: FILE:sd35; one line of it, trained alone: FILE:ARM or FILE:ARM,sd35
-Expect   not run yet; docs/reproducing.md will say.
+Expect   no difference shown between a quarter, half and three quarters, a floor or smoothing.
 """
 
 from smart_grpo_jax.core import ways
