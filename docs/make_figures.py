@@ -16,6 +16,7 @@ whose content this script writes from docs/results/. Kinds of places, each with 
                                        the gain of the arm FULL
     bought FILE SCORE LABEL:ARM,ARM … …    a line per label through such arms (`*` stands for anything)
     audit FILE                         the steps of an audit.json: fidelity and gain
+    totals FILES                       what the training of such files' runs has cost; `*` stands for anything
 
 A results file is what `--mode=compare RUN … --results=docs/results/NAME.jsonl` stores. With `--check`
 nothing is written, and what is stale is named (exit code 1); a test does the same.
@@ -32,6 +33,8 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -228,6 +231,26 @@ def audit(docs: Path, name: str, figures: dict[Path, str]) -> str:
     return markdown(lines)
 
 
+def totals(docs: Path, name: str, figures: dict[Path, str]) -> str:
+    """Lines, runs, epochs, calls and minutes of each results file with trained lines, and their sums."""
+    lines = [["experiment", "lines", "runs", "epochs", "weighted calls", "minutes of training"]]
+    sums = np.zeros(5)
+    for path in sorted((docs / "results").glob(name)):
+        found = [arm for arm in arms(path) if arm.trained]
+        if not found:
+            continue
+        price, _ = compare.prices(None, [str(path)])
+        ends = [run.points[-1] for arm in found for run in arm.runs]
+        paid = sum(compare_runs.weighted(end.calls, price) for end in ends)
+        minutes = sum(end.seconds for end in ends) / 60
+        row = [len(found), len(ends), sum(end.epoch for end in ends), paid, minutes]
+        lines.append([f"`{path.stem}`", *(f"{number:,.0f}" for number in row)])
+        sums += row
+    if len(lines) == 1:
+        raise UserError(f"made: no trained line in {name}")
+    return markdown([*lines, ["together", *(f"{number:,.0f}" for number in sums)]])
+
+
 def there(path: Path) -> Path:
     """The path of a file that exists."""
     if not path.is_file():
@@ -259,6 +282,7 @@ KINDS: Mapping[str, Callable[..., str]] = {
     "paid": paid,
     "bought": bought,
     "audit": audit,
+    "totals": totals,
 }
 
 if __name__ == "__main__":

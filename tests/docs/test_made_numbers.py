@@ -73,6 +73,21 @@ def test_the_readme_beside_the_docs_is_filled_in_too(docs):
     assert re.search(r"shapes -->\d\.\d{3}<!-- end -->\.", readme.read_text())
 
 
+def test_totals_are_the_sums_over_all_runs_of_a_file(docs):
+    (docs / "results" / "again.jsonl").write_text((docs / "results" / "trial.jsonl").read_text())
+    ends = [json.loads(line)["evaluations"][-1] for line in open(docs / "results" / "trial.jsonl")]
+    price, _ = compare.prices(None, [str(docs / "results" / "trial.jsonl")])
+    cost = sum(compare_runs.weighted(end["calls"], price) for end in ends)
+    epochs, minutes = sum(end["epoch"] for end in ends), sum(end["seconds"] for end in ends) / 60
+    told = FIGURES["totals"](docs, "*.jsonl", {})
+    for name, times in (("`trial`", 1), ("`again`", 1), ("together", 2)):
+        numbers = (2, len(ends), epochs, cost, minutes)
+        cells = " | ".join(f"{times * number:,.0f}" for number in numbers)
+        assert f"| {name} | {cells} |" in told
+    with pytest.raises(UserError, match="no trained line in none"):
+        FIGURES["totals"](docs, "none*.jsonl", {})
+
+
 def test_two_arms_can_be_compared_at_half_of_what_both_have_paid(docs):
     told = lambda axis: FIGURES["difference"](docs, "trial.jsonl", {}, "better", "plain", "shapes", axis)
     numbers = [float(told(axis).split()[0]) for axis in ("cost/4", "cost/2", "cost")]
