@@ -1,90 +1,25 @@
 """Learn: the pure step from scored rollouts to a better policy.
 
 `learn` is one jitted program: passes over the images of an epoch, optimizer steps per pass, gradient
-calls per optimizer step, all as scans. What a loss needs of one gradient call is one function in
-`LOSSES`; everything else (batching, accumulation, clipping, guards against non-finite numbers, EMA) is
+calls per optimizer step, all as scans. What a loss needs of one gradient call is one function of
+losses.py; everything else (batching, accumulation, clipping, guards against non-finite numbers, EMA) is
 shared. See docs/algorithm.md, sections 3 and 4.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from smart_grpo_jax.core.types import Conditioning, Endpoints, PyTree, TrainState, Transitions, VelocityFn
-from smart_grpo_jax.maths import awm, ema, grpo, nft, rng, transition
+from smart_grpo_jax.core.types import Conditioning, Endpoints, PyTree, TrainState, Transitions
+from smart_grpo_jax.maths import ema, rng
+from smart_grpo_jax.policy import losses
+from smart_grpo_jax.policy.losses import Draw, Experience, Knobs, Policy, Recipe
 from smart_grpo_jax.policy.pieces import cut
-
-
-@dataclasses.dataclass(frozen=True)
-class Policy:
-    """How trainable weights become a policy: `bind(frozen, trainable)` gives the velocity's params,
-    `reference(frozen)` those of the model before training."""
-
-    velocity: VelocityFn
-    raw_velocity: VelocityFn
-    bind: Callable[[PyTree, PyTree], PyTree]
-    reference: Callable[[PyTree], PyTree]
-    constrain: Callable[[PyTree], PyTree] = lambda tree: tree
-    ways: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """The static part of an update."""
-
-    loss: str
-    transition: str
-    log_prob: str = "gaussian"
-    kl: str = "flow_grpo"
-    use_kl: bool = False
-    updates: int = 2
-    passes: int = 1
-    chunk: int = 0
-    adv_clip: float = 5.0
-    actor: str = "raw"
-    nft_beta: float = 1.0
-    awm_weight: str = "ghuber"
-    grad_clip: float = 1.0
-    beta2: float = 0.999
-    ema_every: int = 8
-
-
-class Knobs(NamedTuple):
-    """The traced part of an update."""
-
-    seed: Int[Array, ""]
-    epoch: Int[Array, ""]
-    times: Float[Array, " steps+1"]
-    noise_level: Float[Array, ""]
-    step_weight: Float[Array, " steps"]
-    learning_rate: Float[Array, ""]
-    weight_decay: Float[Array, ""]
-    warmup: Float[Array, ""]
-    clip: Float[Array, ""]
-    kl_weight: Float[Array, ""]
-    ema_decay: Float[Array, ""]
-
-
-class Draw(NamedTuple):
-    """What the likelihood-free losses draw for each finished latent."""
-
-    t: Float[Array, " m"] | None
-    eps: Float[Array, "m h w c"] | None
-
-
-GOLDEN = np.uint32(2654435769)
-"""2³² over the golden ratio: its multiples, modulo 2³², leave no large gap however many they are."""
-
-Experience = Transitions | Endpoints
-LossFn = Callable[..., tuple[Array, dict[str, Array]]]
 
 
 def optimizer(recipe: Recipe) -> optax.GradientTransformation:
@@ -165,7 +100,7 @@ def _gradient(
     knobs: Knobs,
 ) -> tuple[PyTree, dict[str, Array]]:
     """Gradient of the weighted mean loss, accumulated over calls of at most `chunk` states."""
-    loss_fn = LOSSES[recipe.loss]
+    loss_fn = losses.LOSSES[recipe.loss]
     total = jnp.maximum((batch.weight > 0).sum(), 1)
 
     def call(params: PyTree, part: Experience, draw: Draw) -> tuple[Array, dict[str, Array]]:
@@ -175,7 +110,7 @@ def _gradient(
         return loss * share, {k: v if k == "ratio_error" else v * share for k, v in metrics.items()}
 
     # Drawn for the whole batch, so that it does not depend on how the batch is cut into calls.
-    draw = _draw(batch, rng.at(rng.key(knobs.seed, "update", knobs.epoch, 1), state.step))
+    draw = losses.draw(batch, rng.at(rng.key(knobs.seed, "update", knobs.epoch, 1), state.step))
     parts, draws = _split(batch, draw, recipe.chunk, policy.ways)
     grad_fn = jax.grad(call, has_aux=True)
 
@@ -221,108 +156,6 @@ def _flatten(batch: Experience) -> Experience:
 
 def _only(kept: Array, a: Array) -> Array:
     return jnp.where(kept.reshape(*kept.shape, *(1,) * (a.ndim - kept.ndim)), a, 0)
-
-
-def _likelihood_loss(
-    policy: Policy,
-    recipe: Recipe,
-    params: PyTree,
-    old: PyTree,
-    frozen: PyTree,
-    cond: Conditioning,
-    batch: Transitions,
-    draw: Draw,
-    knobs: Knobs,
-) -> tuple[Array, dict[str, Array]]:
-    """PPO or GRPO-Guard on the density of stored steps: one forward per state, however many moves."""
-    t, t_next = knobs.times[batch.step], knobs.times[batch.step + 1]
-    rows = cond.rows(batch.row)
-    v = policy.velocity(policy.bind(frozen, params), batch.x, t, rows)
-    law = transition.step(recipe.transition, batch.x, v, t, t_next, knobs.noise_level, knobs.times[1])
-    moves = batch.x_next.shape[1]
-    std = jnp.broadcast_to(law.std, (len(t), 1, 1, 1))
-    flat = batch.x_next.reshape(-1, *batch.x_next.shape[2:])
-    each = lambda a: jnp.repeat(a, moves, axis=0)
-    log_prob = transition.LOG_PROBS[recipe.log_prob](flat, each(law.mean), each(std)).reshape(-1, moves)
-    weight = batch.weight * knobs.step_weight[batch.step][:, None]
-    pair = (log_prob, batch.log_prob)
-    if recipe.loss == "guard":
-        loss, metrics = grpo.guard_loss(
-            *pair, law.mean, batch.mean, std, batch.advantage, knobs.clip, weight=weight
-        )
-    else:
-        loss, metrics = grpo.ppo_loss(*pair, batch.advantage, knobs.clip, weight=weight)
-    ratio = jnp.where(batch.weight > 0, jnp.abs(jnp.exp(log_prob - batch.log_prob) - 1), 0.0)
-    metrics = {"loss": loss, "ratio_error": ratio.max(), **_without_max(metrics)}
-    if not recipe.use_kl:
-        return loss, metrics
-    v_ref = jax.lax.stop_gradient(policy.velocity(policy.reference(frozen), batch.x, t, rows))
-    law_ref = transition.step(recipe.transition, batch.x, v_ref, t, t_next, knobs.noise_level, knobs.times[1])
-    kl = transition.kl(recipe.kl, law.mean, law_ref.mean, std, t_next - t, v, v_ref)
-    kl = grpo.masked_mean(kl, (batch.weight > 0).any(1).astype(kl.dtype))
-    return loss + knobs.kl_weight * kl, metrics | {"kl": kl}
-
-
-def _without_max(metrics: dict[str, Array]) -> dict[str, Array]:
-    return {k: v for k, v in metrics.items() if "max" not in k}
-
-
-def _draw(batch: Experience, key: Array) -> Draw:
-    """Fresh times and noise per finished latent; stored steps carry their own. What a row draws follows from
-    its place, not from the number of rows, for a mesh may have been filled up behind them: times are spread
-    over (0.05, 1) by multiples of the golden ratio from a random start."""
-    if isinstance(batch, Transitions):
-        return Draw(None, None)
-    rows = batch.x0.shape[0]
-    key_t, key_eps = jax.random.split(key)
-    turns = jax.random.bits(key_t, dtype=jnp.uint32) + jnp.arange(rows, dtype=jnp.uint32) * GOLDEN
-    u = (turns >> 8).astype(jnp.float32) * 2.0**-24
-    eps = jax.vmap(lambda row: jax.random.normal(jax.random.fold_in(key_eps, row), batch.x0.shape[1:]))
-    return Draw(0.05 + 0.95 * u, eps(jnp.arange(rows)))
-
-
-def _endpoint_loss(
-    policy: Policy,
-    recipe: Recipe,
-    params: PyTree,
-    old: PyTree,
-    frozen: PyTree,
-    cond: Conditioning,
-    batch: Endpoints,
-    draw: Draw,
-    knobs: Knobs,
-) -> tuple[Array, dict[str, Array]]:
-    """NFT or AWM: the bare network (no guidance) on re-noised finished latents, no density."""
-    t, eps = draw
-    assert t is not None and eps is not None
-    wide = t[:, None, None, None]
-    x_t = (1 - wide) * batch.x0 + wide * eps
-    rows = cond.rows(batch.row)
-
-    def velocity(bound: PyTree) -> Array:
-        return policy.raw_velocity(bound, x_t, t, rows)
-
-    v = velocity(policy.bind(frozen, params))
-    v_old = jax.lax.stop_gradient(velocity(policy.bind(frozen, old)))
-    v_ref = jax.lax.stop_gradient(velocity(policy.reference(frozen))) if recipe.use_kl else v_old
-    kl_weight = knobs.kl_weight if recipe.use_kl else 0.0
-    given = (v, v_old, v_ref, batch.x0, eps, t, batch.advantage)
-    shared = {"kl_weight": kl_weight, "weight": batch.weight}
-    if recipe.loss == "nft":
-        loss, metrics = nft.loss(*given, beta=recipe.nft_beta, adv_clip=recipe.adv_clip, **shared)
-    else:
-        loss, metrics = awm.loss(*given, clip=knobs.clip, weighting=recipe.awm_weight, **shared)
-    if not recipe.use_kl:
-        metrics = {k: v for k, v in metrics.items() if k != "kl"}
-    return loss, {"loss": loss, **_without_max(metrics)}
-
-
-LOSSES: dict[str, LossFn] = {
-    "ppo": _likelihood_loss,
-    "guard": _likelihood_loss,
-    "nft": _endpoint_loss,
-    "awm": _endpoint_loss,
-}
 
 
 def _apply(

@@ -8,7 +8,7 @@ import toy_policy as toy
 
 from smart_grpo_jax.core.types import Endpoints
 from smart_grpo_jax.maths import rng
-from smart_grpo_jax.policy import credit, update
+from smart_grpo_jax.policy import credit, losses, update
 
 
 @functools.cache
@@ -70,9 +70,9 @@ LOSSES = {
 
 def loss_of(recipe, given, trained, old, knobs):
     """The loss on the whole fixed batch, with the same fresh noise each time."""
-    flat, draw = update._flatten(given), update._draw(given, jax.random.key(5))
+    flat, draw = update._flatten(given), losses.draw(given, jax.random.key(5))
     fn = jax.jit(
-        lambda p, o: update.LOSSES[recipe.loss](
+        lambda p, o: losses.LOSSES[recipe.loss](
             toy.policy(), recipe, p, o, toy.weights(), toy.batch().cond, flat, draw, knobs
         )[0]
     )
@@ -200,10 +200,10 @@ def test_old_is_the_policy_that_made_the_images(actor):
     start = state(recipe)._replace(params=moved(), ema=toy.weights())
     given, knobs = experience(likelihood=False), toy.update_knobs()
     told = toy.learn(recipe, start, given, knobs)[1]["loss"]
-    drawn = update._draw(given, rng.at(rng.key(knobs.seed, "update", knobs.epoch, 1), start.step))
+    drawn = losses.draw(given, rng.at(rng.key(knobs.seed, "update", knobs.epoch, 1), start.step))
     old = {"raw": moved(), "ema": toy.weights()}
     want = {
-        name: update.LOSSES["nft"](
+        name: losses.LOSSES["nft"](
             toy.policy(), recipe, moved(), weights, toy.weights(), toy.batch().cond, given, drawn, knobs
         )[0]
         for name, weights in old.items()
@@ -259,21 +259,6 @@ def test_passes_draw_the_images_in_another_order_and_all_of_them():
     for each in (batches[:3], batches[3:]):
         assert np.array_equal(sorted(np.concatenate(each)), colours)
     assert batches[:3] != batches[3:]
-
-
-def test_endpoints_are_renoised_afresh_at_every_step():
-    given = experience(likelihood=False)
-    assert isinstance(given, Endpoints)
-    (t, eps), (other, fresh) = (update._draw(given, jax.random.key(i)) for i in (0, 1))
-    assert np.all((t > 0.05) & (t <= 1)) and not np.array_equal(t, other)
-    assert eps.shape == given.x0.shape and not np.isclose(eps, fresh).any()
-    # spread: no gap, the ends joined, is more than three times the mean one
-    places = np.sort((np.asarray(t) - 0.05) / 0.95)
-    gaps = np.diff(np.append(places, places[0] + 1))
-    assert gaps.max() < 3 / len(t)
-    # and a row draws the same however many come after it
-    few, noise = update._draw(jax.tree.map(lambda a: a[:5], given), jax.random.key(0))
-    assert np.array_equal(few, t[:5]) and np.array_equal(noise, eps[:5])
 
 
 def test_rows_that_fill_the_mesh_change_nothing():
