@@ -4,7 +4,7 @@ For      which of the winners goes on rising, and what holds it: a falling rate 
 Hardware shapes: 2 CPU cores, under 3 GB. sd35: the weights and state of configs/sd35_medium.py.
 Command  python -m smart_grpo_jax.main --mode=experiment --config=configs/paper/horizon.py --seed=300
          in the other size: FILE:sd35; one line of it, trained alone: FILE:ARM or FILE:ARM,sd35
-Expect   NFT on large batches, half-searched or not, and look_3 with a falling rate hold; the rest falls.
+Expect   NFT on small batches falls, on large ones, half-searched or not, it holds, and so does look_3.
 """
 
 from smart_grpo_jax.core import ways
