@@ -4,7 +4,7 @@ For      whether they learn faster than windowed Flow-GRPO, and what keeps a lon
 Hardware shapes: 2 CPU cores, under 3 GB. sd35: the weights and state of configs/sd35_medium.py.
 Command  python -m smart_grpo_jax.main --mode=experiment --config=configs/paper/likelihood_free.py
          in the other size: FILE:sd35; one line of it, trained alone: FILE:ARM or FILE:ARM,sd35
-Expect   NFT needs no help at this length, a longer average adds a little; AWM falls, a small beta scatters.
+Expect   NFT needs no help at this length, a longer average adds a little; AWM falls, a small beta falls back.
 """
 
 from smart_grpo_jax.core import ways

@@ -10,8 +10,8 @@ import numpy as np
 from smart_grpo_jax.core.config import Config
 from smart_grpo_jax.core.contradictions import LIKELIHOOD
 from smart_grpo_jax.policy.credit import Masks
+from smart_grpo_jax.policy.losses import Recipe
 from smart_grpo_jax.policy.rollout import Shape
-from smart_grpo_jax.policy.update import Recipe
 
 NOTHING = {"velocity": 0, "backward": 0, "decode": 0, "reward": 0, "images": 0}
 
